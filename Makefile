@@ -1,0 +1,59 @@
+# A fresh machine needs Python 3.11 or later and make. `make dreamer` and `make test` do the rest.
+
+VENV    ?= .venv
+PYTHON  ?=
+WORKERS ?= 2
+ARGS    ?=
+
+BIN      := $(VENV)/bin
+STAMP    := $(VENV)/.installed
+# The tested versions first. The probe also finds a Python that cannot make environments (Debian without python3-venv).
+PYTHONS  := $(or $(PYTHON),python3.11 python3.12 python3 python3.13 python)
+SUITABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup dreamer test learn lint bench clean
+
+help:  ## this list
+	@echo "make TARGET [ARGS='...'] [PYTHON=python3.11] [WORKERS=2]"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## build .venv once, from pyproject.toml and constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	  found=; tried=; \
+	  for python in $(PYTHONS); do \
+	    if "$$python" -c '$(SUITABLE)' 2>/dev/null; then found=$$python; break; fi; \
+	    tried="$$tried $$python ($$("$$python" --version 2>/dev/null || echo 'does not run'));"; \
+	  done; \
+	  if [ -z "$$found" ]; then \
+	    echo "mbrl-jax needs Python 3.11 or later with its venv module; tried:$$tried install one, or name one: make setup PYTHON=/path/to/python3.11" >&2; \
+	    exit 1; \
+	  fi; \
+	  echo "building $(VENV) with $$("$$found" --version): about 1.4 GB, some minutes the first time"; \
+	  "$$found" -m venv --clear $(VENV); \
+	fi
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[dev,video]' -c constraints.txt
+	@touch $@
+
+dreamer: setup  ## train DreamerV3 on the default task; ARGS="--task walker_walk ..."
+	$(BIN)/python experiments/dreamer_dmc.py $(ARGS)
+
+test: setup  ## the fast tests, on WORKERS processes; ARGS="tests/unit -k replay"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations 10 $(ARGS)
+
+learn: setup  ## the slow tests, which train agents for minutes each
+	$(BIN)/python -m pytest -m learning --durations 0 $(ARGS)
+
+lint: setup  ## ruff (rules and format) and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: setup  ## time the train step and the whole loop on this machine
+	$(BIN)/python benchmarks/train_step.py $(ARGS)
+
+clean:  ## remove the environment and every cache; runs stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

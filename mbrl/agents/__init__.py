@@ -1,0 +1,1 @@
+"""Agents: each module provides ``make(config, spec, model, ...) -> mbrl.types.Agent``."""

@@ -1,0 +1,262 @@
+"""Dreamer: an actor-critic that learns in the imagination of a world model (arXiv 2301.04104)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mbrl import losses, optimisers
+from mbrl.distributions import bounded_normal, one_hot, two_hot
+from mbrl.imagination import rollout
+from mbrl.networks import MLP
+from mbrl.optimisers import OptimiserConfig
+from mbrl.types import Agent, Array, EnvSpec, Starts, Trajectory, UpdateInfo, WorldModel
+
+sg = jax.lax.stop_gradient
+
+
+@dataclass(frozen=True)
+class DreamerConfig:
+    """Behaviour learning; the world model and the optimiser have their own fields."""
+
+    actor_layers: int = 3
+    """Layers of the policy network."""
+    critic_layers: int = 3
+    """Layers of the value network."""
+    units: int = 1024
+    """Width of policy and value networks."""
+    actor_grad: Literal["reinforce", "dynamics"] = "reinforce"
+    """Policy gradient estimator. reinforce: score function (published). dynamics: through the world model;
+    continuous actions only."""
+    horizon: int = 15
+    """Imagined agent steps (H)."""
+    imag_last: int = 0
+    """Imagine from the last K steps of each sequence; 0 from all T."""
+    imag_starts: int = 0
+    """Imagine from this many starts drawn at random per update; 0 from all."""
+    lam: float = 0.95
+    """Mixing weight of the lambda-return (lambda)."""
+    entropy: float = 3e-4
+    """Weight of the policy's entropy (eta)."""
+    scale_rec: float = 1.0
+    """Loss weight of reconstruction."""
+    scale_reward: float = 1.0
+    """Loss weight of the reward head."""
+    scale_cont: float = 1.0
+    """Loss weight of the continue head."""
+    scale_dyn: float = 1.0
+    """Loss weight of KL(sg(posterior) || prior)."""
+    scale_rep: float = 0.1
+    """Loss weight of KL(posterior || sg(prior))."""
+    scale_replay_value: float = 0.3
+    """Loss weight of the critic on replayed states."""
+    replay_bootstrap: Literal["imagined", "value"] = "imagined"
+    """What replayed returns bootstrap from: the imagined return of the same state (published; needs
+    imag_starts=0), or the critic."""
+    slow_rate: float = 0.02
+    """Rate of the slow critic's moving average, every update."""
+    slow_scale: float = 1.0
+    """Weight of the critic's regularisation towards the slow critic."""
+    return_rate: float = 0.01
+    """Rate of the return percentiles' moving average."""
+    bins: int = 255
+    """Bins of the two-hot value, odd."""
+    bin_limit: float = 20.0
+    """Outermost bin, as symlog of the return."""
+    replay_context: bool = True
+    """Start training sequences from the latent stored at acting time (else from zeros)."""
+    actor_average: float = 0.0
+    """Decay of a moving average of the policy's parameters that acts in evaluation; 0 is off."""
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+
+
+class TrainState(NamedTuple):
+    """Everything that learns. params: {"model", "actor", "critic"}; slow: the slow critic's parameters;
+    actor_average: averaged policy parameters, or () when off."""
+
+    params: dict[str, Any]
+    slow: Any
+    actor_average: Any
+    opt: Any
+    return_norm: losses.ReturnNorm
+    updates: Array
+
+
+class ActorState(NamedTuple):
+    """Carried while acting, per environment: the latent state and the previous action."""
+
+    state: Any
+    action: Array
+
+
+def make(
+    config: DreamerConfig, spec: EnvSpec, model: WorldModel, discount: float, total_updates: int
+) -> Agent:
+    """Dreamer on any world model.
+
+    discount: per agent step, the one that the model's continue head learns. total_updates: length of the
+    run, for the learning-rate schedule.
+    """
+    discrete = spec.action.classes is not None
+    size = spec.action.size
+    actor = MLP(config.actor_layers, config.units, size if discrete else 2 * size, outscale=0.01)
+    critic = MLP(config.critic_layers, config.units, config.bins, outscale=0.0)
+    optimiser = optimisers.make(
+        config.optimiser, total_updates, {rf"^model/{k}": v for k, v in model.param_groups().items()}
+    )
+    scales = {k: getattr(config, f"scale_{k}") for k in ("rec", "reward", "cont", "dyn", "rep")}
+
+    def policy(params, features):
+        out = actor.apply({"params": params}, features)
+        return one_hot(out) if discrete else bounded_normal(out)
+
+    def value(params, features):
+        return two_hot(critic.apply({"params": params}, features), config.bin_limit)
+
+    def init(key) -> TrainState:
+        model_key, actor_key, critic_key = jax.random.split(key, 3)
+        params = {"model": model.init(model_key)}
+        features = model.features(params["model"], model.init_state(params["model"], 1))
+        params["actor"] = actor.init(actor_key, features)["params"]
+        params["critic"] = critic.init(critic_key, features)["params"]
+        copy = lambda tree: jax.tree.map(jnp.copy, tree)  # noqa: E731
+        return TrainState(
+            params=params,
+            slow=copy(params["critic"]),
+            actor_average=copy(params["actor"]) if config.actor_average else (),
+            opt=optimiser.init(params),
+            # Two arrays: leaves of a donated state must not share a buffer.
+            return_norm=losses.ReturnNorm(jnp.zeros(()), jnp.zeros(())),
+            updates=jnp.zeros((), jnp.int32),
+        )
+
+    def init_actor(train: TrainState, batch: int) -> ActorState:
+        return ActorState(model.init_state(train.params["model"], batch), jnp.zeros((batch, size)))
+
+    def act(train: TrainState, actor_state: ActorState, obs, is_first, key, mode: str):
+        state_key, action_key = jax.random.split(key)
+        state = model.observe_step(
+            train.params["model"], actor_state.state, actor_state.action, obs, is_first, state_key
+        )
+        averaged = mode == "eval" and config.actor_average
+        dist = policy(
+            train.actor_average if averaged else train.params["actor"],
+            model.features(train.params["model"], state),
+        )
+        action = dist.mode() if mode == "eval" else dist.sample(action_key)
+        info = {"latent": state if config.replay_context else ()}
+        return action, ActorState(state, action), info
+
+    def select_starts(starts: Starts, key) -> Starts:
+        """Posterior states [T, B] -> starts [N]: the last K of each sequence, or a random subset."""
+        states = jax.tree.map(lambda x: x[-config.imag_last :], starts.states)
+        states = jax.tree.map(lambda x: sg(x.reshape(-1, *x.shape[2:])), states)
+        if config.imag_starts:
+            total = jax.tree.leaves(states)[0].shape[0]
+            index = jax.random.choice(key, total, (config.imag_starts,), replace=False)
+            states = jax.tree.map(lambda x: x[index], states)
+        return Starts(sg(starts.ctx), states)
+
+    def imagine(params, starts: Starts, key):
+        """States [H+1, N], features and actions; differentiable only where the actor's gradient needs it."""
+        frozen = sg(params["model"])
+        behave = params["actor"] if config.actor_grad == "dynamics" else sg(params["actor"])
+
+        def choose(features, key, t):
+            return policy(behave, sg(features)).sample(key)
+
+        states, actions = rollout(model, frozen, starts, choose, key, config.horizon)
+        if config.actor_grad == "reinforce":
+            states, actions = sg((states, actions))
+        return frozen, states, actions
+
+    def behaviour_losses(params, train: TrainState, starts: Starts, key):
+        """Actor and critic losses in imagination, and the imagined return of each start [N]."""
+        frozen, states, actions = imagine(params, starts, key)
+        features = model.features(frozen, states)
+        prediction = model.predict(frozen, states)
+        current = value(params["critic"], sg(features))
+        if config.actor_grad == "dynamics":
+            baseline = value(sg(params["critic"]), features).mean()
+        else:
+            baseline = sg(current.mean())
+        returns = losses.lambda_return(prediction.reward, prediction.cont, baseline, config.lam)
+        norm = losses.update_return_norm(train.return_norm, returns, config.return_rate)
+        weight = losses.trajectory_weight(prediction.cont)[:-1]
+        dist = policy(params["actor"], sg(features)[:-1])
+        entropy = dist.entropy()
+        if config.actor_grad == "dynamics":
+            actor_loss = losses.pathwise_loss(returns / norm.scale, entropy, weight, config.entropy)
+        else:
+            advantage = (returns - baseline[:-1]) / norm.scale
+            log_prob = dist.log_prob(sg(actions))
+            actor_loss = losses.reinforce_loss(log_prob, advantage, entropy, weight, config.entropy)
+        slow = value(train.slow, sg(features)).mean()
+        kept = type(current)(current.logits[:-1], current.bins)
+        critic_loss = losses.critic_loss(kept, sg(returns), sg(slow[:-1]), weight, config.slow_scale)
+        metrics = {
+            "actor_loss": actor_loss.mean(),
+            "critic_loss": critic_loss.mean(),
+            "entropy_actor": entropy.mean(),
+            "imagined_return": returns.mean(),
+            "imagined_reward": prediction.reward[1:].mean(),
+            "return_scale": norm.scale,
+        }
+        return actor_loss.mean() + critic_loss.mean(), norm, returns[0], metrics
+
+    def replay_value_loss(params, train: TrainState, traj: Trajectory, features, start_returns):
+        """Critic on replayed states; its gradient reaches the world model through ``features``."""
+        last = lambda x: x[-config.imag_last :]  # noqa: E731
+        features, traj = last(features), jax.tree.map(last, traj)
+        current = value(params["critic"], features)
+        if config.replay_bootstrap == "imagined":
+            bootstrap = start_returns.reshape(traj.reward.shape)
+        else:
+            bootstrap = current.mean()
+        returns = losses.replay_returns(
+            traj.reward, traj.is_last, traj.is_terminal, sg(bootstrap), discount, config.lam
+        )
+        slow = value(train.slow, sg(features)).mean()
+        kept = type(current)(current.logits[:-1], current.bins)
+        weight = 1.0 - traj.is_last[:-1].astype(jnp.float32)
+        return losses.critic_loss(kept, returns, sg(slow[:-1]), weight, config.slow_scale).mean()
+
+    def total_loss(params, train: TrainState, traj: Trajectory, key):
+        observe_key, start_key, imagine_key = jax.random.split(key, 3)
+        state = model.init_state(params["model"], traj.reward.shape[1])
+        if config.replay_context:
+            # The first row only supplies the carry: it was trained on where it is not the first.
+            state = jax.tree.map(lambda x: x[0], traj.latent)
+            traj = jax.tree.map(lambda x: x[1:], traj)
+        keys = jax.random.split(observe_key, traj.reward.shape[0])
+        seen = model.observe(params["model"], state, traj, keys)
+        means = {name: loss.mean() for name, loss in seen.losses.items()}
+        loss = sum(scales[name.split("_")[0]] * mean for name, mean in means.items())
+        behaviour, norm, start_returns, metrics = behaviour_losses(
+            params, train, select_starts(seen.starts, start_key), imagine_key
+        )
+        replay_value = replay_value_loss(params, train, traj, seen.features, start_returns)
+        loss = loss + behaviour + config.scale_replay_value * replay_value
+        metrics |= {f"{name}_loss": mean for name, mean in means.items()} | seen.metrics
+        metrics |= {"replay_value_loss": replay_value, "loss": loss}
+        latent = seen.starts.states if config.replay_context else ()
+        return loss, (norm, metrics, latent)
+
+    def update(train: TrainState, traj: Trajectory, key) -> tuple[TrainState, UpdateInfo]:
+        gradient = jax.grad(total_loss, has_aux=True)
+        grads, (norm, metrics, latent) = gradient(train.params, train, traj, key)
+        updates, opt = optimiser.update(grads, train.opt, train.params)
+        params = optax.apply_updates(train.params, updates)
+        slow = optax.incremental_update(params["critic"], train.slow, config.slow_rate)
+        average = train.actor_average
+        if config.actor_average:
+            average = optax.incremental_update(params["actor"], average, 1 - config.actor_average)
+        metrics["grad_norm"] = optax.global_norm(grads)
+        new = TrainState(params, slow, average, opt, norm, train.updates + 1)
+        return new, UpdateInfo(metrics, latent)
+
+    return Agent(init, init_actor, act, update)

@@ -1,0 +1,318 @@
+"""Checkpoints of one run: whole or absent, verified when read, never cast in silence.
+
+One directory per step, ``checkpoints/000000012000/``: ``state/`` (orbax; the pytree), ``extra.npz`` (states
+of host environments), and ``manifest.json`` with the schema version, path, shape and dtype of every leaf and
+the sha256 of every file. All of it is written in ``checkpoints/.saving``, the manifest last, and renamed when
+complete: a directory with a step's name is a finished checkpoint, whatever killed the process. For runs of
+one process (any number of devices).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mbrl.errors import UserError
+from mbrl.run_folder import jsonable, sync_directory, write_atomic
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+
+
+class Restored(NamedTuple):
+    """step: simulator frames (whatever ``save`` was told). state: pytree like ``like``. extra: host arrays.
+    meta: what ``save`` was given, after a round trip through JSON (tuples are lists)."""
+
+    step: int
+    state: Any
+    extra: dict[str, np.ndarray]
+    meta: dict[str, Any]
+
+
+class Damaged(Exception):
+    """A checkpoint on disk that is incomplete or altered; the message names the file."""
+
+
+def save(
+    folder: str | os.PathLike,
+    step: int,
+    state: Any,
+    extra: dict[str, np.ndarray] | None = None,
+    meta: dict[str, Any] | None = None,
+    keep: int = 2,
+) -> bool:
+    """Write the checkpoint of ``step`` and delete all but the newest ``keep``. True when it was written.
+
+    folder: the directory of all checkpoints (``RunFolder.checkpoints``). state: pytree of jax or numpy arrays
+    of any dtype, typed PRNG keys included; it is on disk when this returns, so its buffers may be donated.
+    extra: numpy arrays by name, no object arrays. meta: JSON-like. An existing checkpoint of the same step is
+    replaced.
+
+    When the disk is full or another write fails: one warning, False, and the older checkpoints stay as they
+    were, so the run can go on. Raises TypeError for a leaf or extra that is not an array, ValueError for
+    ``keep < 1``.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, found {keep}")
+    folder = Path(folder).absolute()
+    leaves = [_plain(path, leaf) for path, leaf in _flatten(state)]
+    table = [_describe(path, leaf) for path, leaf in _flatten(state)]
+    extra = {name: _host_array(name, array) for name, array in (extra or {}).items()}
+    body = {"schema": SCHEMA, "step": int(step), "meta": jsonable(meta or {}), "leaves": table}
+    target, saving = folder / f"{step:012d}", folder / ".saving"
+    try:
+        shutil.rmtree(saving, ignore_errors=True)  # left by a process that was killed here
+        saving.mkdir(parents=True)
+        _write_arrays(saving / "state", leaves)
+        with open(saving / "extra.npz", "wb") as file:
+            # The underscore keeps names such as "file" apart from savez's own arguments.
+            np.savez(file, allow_pickle=False, **{f"_{name}": array for name, array in extra.items()})  # pyright: ignore[reportArgumentType]
+        body["files"] = {str(p.relative_to(saving)): _sha256(p, sync=True) for p in _files(saving)}
+        write_atomic(saving / MANIFEST, _seal(body))
+        if target.exists():
+            _remove(target)
+        os.rename(saving, target)
+        sync_directory(folder)
+    except Exception as error:  # orbax reports a full disk in many types
+        shutil.rmtree(saving, ignore_errors=True)
+        message = f"checkpoint of step {step} was not written, older ones are untouched: {_reason(error)}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return False
+    # Later steps are damaged ones that a resumed run has not reached again: they do not count as kept.
+    for old in [found for found in steps(folder) if found <= step][:-keep]:
+        _remove(folder / f"{old:012d}")
+    return True
+
+
+def steps(folder: str | os.PathLike) -> list[int]:
+    """Steps that have a directory in ``folder``, ascending, not verified; ``.saving`` is not among them."""
+    names = (path.name for path in Path(folder).glob("*") if path.is_dir())
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def restore(folder: str | os.PathLike, like: Any) -> Restored:
+    """Read the newest undamaged checkpoint of ``folder``.
+
+    like: the state that the program would start with, concrete or abstract (``jax.eval_shape``,
+    ``jax.ShapeDtypeStruct`` with or without sharding). Restored leaves are new, unshared arrays with its
+    structure, placed with the shardings of its leaves; on the default device, uncommitted, where a leaf has
+    none or is itself uncommitted.
+
+    Files are verified against their sha256. A damaged checkpoint gives one warning that names the file, and
+    the next older one is read. Raises UserError when none is left, when it was written by a newer release, or
+    when a leaf is missing, unknown, or of another shape or dtype than in ``like``: nothing is ever cast.
+    """
+    folder = Path(folder).absolute()
+    found = steps(folder)
+    for step in reversed(found):
+        try:
+            body = _verified(folder / f"{step:012d}")
+        except Damaged as damage:
+            warnings.warn(f"checkpoint of step {step} is skipped: {damage}", RuntimeWarning, stacklevel=2)
+            continue
+        return _read(folder / f"{step:012d}", body, like)
+    what = f"none of its {len(found)} checkpoints is intact" if found else "it holds no checkpoint"
+    raise UserError(f"cannot resume from {folder}: {what}")
+
+
+def _read(directory: Path, body: dict[str, Any], like: Any) -> Restored:
+    wanted = _flatten(like)
+    _check_same(directory, body["leaves"], [_describe(path, leaf) for path, leaf in wanted])
+    arrays = _read_arrays(directory / "state", [_target(leaf) for _, leaf in wanted])
+    leaves = [_typed(array, leaf) for array, (_, leaf) in zip(arrays, wanted, strict=True)]
+    with np.load(directory / "extra.npz", allow_pickle=False) as file:
+        extra = {name[1:]: file[name] for name in file.files}
+    state = jax.tree.unflatten(jax.tree.structure(like), leaves)
+    return Restored(body["step"], state, extra, body["meta"])
+
+
+# Leaves. A typed key travels as the uint32 data inside it; its implementation is part of the dtype's name.
+
+
+def _flatten(tree: Any) -> list[tuple[str, Any]]:
+    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _describe(path: str, leaf: Any) -> dict[str, Any]:
+    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+        raise TypeError(f"state{path} must be an array, found {type(leaf).__name__}")
+    return {"path": path, "shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+
+
+def _plain(path: str, leaf: Any) -> Any:
+    _describe(path, leaf)
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _sharding(leaf: Any) -> jax.sharding.Sharding | None:
+    """None for a leaf that JAX may move freely. Committing it would clash with leaves on a mesh."""
+    if isinstance(leaf, jax.Array) and not leaf.committed:
+        return None
+    return getattr(leaf, "sharding", None)
+
+
+def _target(leaf: Any) -> jax.ShapeDtypeStruct:
+    data = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=_sharding(leaf))
+
+
+def _typed(array: jax.Array, leaf: Any) -> jax.Array:
+    if not _is_key(leaf):
+        return array
+    impl: list[Any] = []  # key_impl takes arrays only, and ``leaf`` may be abstract
+    jax.eval_shape(lambda key: impl.append(jax.random.key_impl(key)), leaf)
+    key = jax.random.wrap_key_data(array, impl=impl[0])
+    return key if _sharding(leaf) is None else jax.device_put(key, _sharding(leaf))
+
+
+def _check_same(directory: Path, stored: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
+    def refuse(what: str) -> None:
+        raise UserError(f"cannot resume from {directory}: {what}; it was made with other settings or code")
+
+    old, new = ({leaf["path"]: leaf for leaf in table} for table in (stored, wanted))
+    for path in new:
+        if path not in old:
+            refuse(f"state{path} is expected and was not saved")
+    for path, leaf in old.items():
+        if path not in new:
+            refuse(f"state{path} was saved and is not expected")
+        for field in ("shape", "dtype"):
+            found, expected = leaf[field], new[path][field]
+            if found != expected:
+                refuse(f"{field} of state{path} is {found} in the checkpoint, expected {expected}")
+    if list(old) != list(new):
+        refuse("the order of its leaves differs")
+
+
+# Arrays on disk, through orbax. Leaves are stored by their number, so their names may hold any character;
+# orbax cannot store an array without elements, and none is needed.
+
+
+@contextmanager
+def _checkpointer():
+    """(the orbax module, a checkpointer that works synchronously), closed at the end."""
+    import orbax.checkpoint as ocp  # half a second, only where a checkpoint is touched
+
+    # On a full disk orbax logs hundreds of lines of tracebacks besides raising, and our warning drowns.
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            yield ocp, checkpointer
+    finally:
+        log.setLevel(level)
+
+
+def _write_arrays(path: Path, leaves: list[Any]) -> None:
+    item = {f"{i:05d}": leaf for i, leaf in enumerate(leaves) if np.size(leaf)}
+    with _checkpointer() as (ocp, checkpointer):
+        checkpointer.save(path, args=ocp.args.PyTreeSave(item))
+
+
+def _read_arrays(path: Path, targets: list[jax.ShapeDtypeStruct]) -> list[jax.Array]:
+    item = {f"{i:05d}": target for i, target in enumerate(targets) if target.size}
+    with _checkpointer() as (ocp, checkpointer):
+        how = {
+            name: ocp.RestoreArgs(restore_type=np.ndarray)
+            if target.sharding is None
+            else ocp.ArrayRestoreArgs(sharding=target.sharding)
+            for name, target in item.items()
+        }
+        read = checkpointer.restore(path, args=ocp.args.PyTreeRestore(item=item, restore_args=how))
+    arrays = []
+    for i, target in enumerate(targets):
+        array = read.pop(f"{i:05d}") if target.size else np.zeros(target.shape, target.dtype)
+        if not isinstance(array, jax.Array):
+            # A copy: on a CPU device_put may keep NumPy's memory, which cannot be donated.
+            array = jnp.array(array, copy=True)
+        arrays.append(array if target.sharding is None else jax.device_put(array, target.sharding))
+    return arrays
+
+
+def _host_array(name: str, array: Any) -> np.ndarray:
+    array = np.asarray(array)
+    if array.dtype.hasobject or array.dtype.kind == "V":  # bfloat16 is "V": npz would lose its type
+        raise TypeError(f"extra[{name!r}] must be a plain numeric or string array, found dtype {array.dtype}")
+    return array
+
+
+# Integrity.
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / MANIFEST)
+
+
+def _sha256(path: Path, sync: bool = False) -> str:
+    with open(path, "rb") as file:
+        if sync:  # the manifest must not reach the disk before what it vouches for
+            os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _seal(body: dict[str, Any]) -> bytes:
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**body, "sha256": digest}, indent=1).encode()
+
+
+def _verified(directory: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint of which every byte is as written; raises Damaged, or UserError for a
+    schema of a newer release."""
+    try:
+        body = json.loads((directory / MANIFEST).read_bytes())
+        digest = body.pop("sha256")
+        intact = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest() == digest
+    except FileNotFoundError:
+        raise Damaged(f"{directory / MANIFEST} is missing") from None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise Damaged(f"{directory / MANIFEST} cannot be read ({type(error).__name__})") from None
+    if not intact:
+        raise Damaged(f"{directory / MANIFEST} was altered")
+    if body["schema"] != SCHEMA:
+        raise UserError(
+            f"{directory / MANIFEST} has schema {body['schema']}, this release reads schema {SCHEMA}: "
+            "resume with the release that wrote it"
+        )
+    for name, expected in body["files"].items():
+        path = directory / name
+        if not path.is_file():
+            raise Damaged(f"{path} is missing")
+        try:
+            found = _sha256(path)
+        except OSError as error:
+            raise Damaged(f"{path} cannot be read ({error.strerror})") from None
+        if found != expected:
+            raise Damaged(f"{path} was altered or cut short")
+    return body
+
+
+def _reason(error: Exception) -> str:
+    """One short line. tensorstore wraps the operating system's sentence in several others."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    for known in (os.strerror(errno.ENOSPC), os.strerror(errno.EFBIG), os.strerror(errno.EDQUOT)):
+        if known in text:
+            return known
+    return text[:200]
+
+
+def _remove(directory: Path) -> None:
+    """Delete a checkpoint; its manifest first, so that a kill half-way leaves no seemingly finished one."""
+    (directory / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)

@@ -1,0 +1,92 @@
+"""Configs are nested frozen dataclasses; this fills them from presets, flags and run folders."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import importlib
+import sys
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from mbrl.errors import UserError, exit_with
+
+T = TypeVar("T")
+
+
+def choose(field: str, name: str, options: Sequence[str]) -> str:
+    """``name`` if it is one of ``options``, else a UserError that names close ones."""
+    if name in options:
+        return name
+    close = difflib.get_close_matches(name, options, n=3)
+    hint = f" (did you mean {' or '.join(close)}?)" if close else ""
+    raise UserError(f"{field} is {name!r}{hint}, it must be one of: {', '.join(options)}")
+
+
+def load_factory(field: str, name: str, registry: Mapping[str, str]) -> Callable[..., Any]:
+    """The factory that ``registry`` names by import path ``module:function``."""
+    module, function = registry[choose(field, name, list(registry))].split(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def config_type(factory: Callable[..., Any]) -> type:
+    """The dataclass that a factory takes as its argument ``config``."""
+    return typing.get_type_hints(factory)["config"]
+
+
+def override(config: T, values: Mapping[str, Any]) -> T:
+    """``config`` with fields replaced; nested mappings go into nested dataclasses. UserError for an unknown
+    field. Lists become tuples where the field holds one (JSON has no tuples)."""
+    known = {f.name for f in dataclasses.fields(config)}  # type: ignore[arg-type]
+    changes = {}
+    for name, value in values.items():
+        if name not in known:
+            choose(f"field of {type(config).__name__}", name, sorted(known))
+        current = getattr(config, name)
+        if dataclasses.is_dataclass(current) and isinstance(value, Mapping):
+            value = override(current, value)
+        elif isinstance(current, tuple):
+            value = tuple(value)
+        changes[name] = value
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+
+
+def differences(before: Any, after: Any, prefix: str = "") -> list[str]:
+    """Names of the fields in which two configs differ, nested ones with dots."""
+    if type(before) is not type(after) or not dataclasses.is_dataclass(before):
+        return [prefix.rstrip(".")] if before != after else []
+    names = []
+    for field in dataclasses.fields(before):
+        a, b = getattr(before, field.name), getattr(after, field.name)
+        names += differences(a, b, f"{prefix}{field.name}.")
+    return names
+
+
+def early_flags(argv: Sequence[str], **defaults: Any) -> argparse.Namespace:
+    """Values of a few flags before the real parser runs, because its defaults depend on them. Malformed
+    values are left to the real parser: here they count as the default."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name, default in defaults.items():
+        kind = str if default is None else type(default)
+        if kind is bool:
+            parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", default=default)
+        else:
+            flags = {f"--{name.replace('_', '-')}", f"--{name}"}
+            parser.add_argument(*sorted(flags), dest=name, type=kind, default=default)
+    try:
+        return parser.parse_known_args(argv)[0]
+    except (argparse.ArgumentError, SystemExit):
+        return argparse.Namespace(**defaults)
+
+
+def run_main(main: Callable[[Sequence[str]], None]) -> None:
+    """Runs ``main(argv)``; what the user can mend ends in one sentence and exit code 2, not a traceback."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        exit_with(error)
+    except KeyboardInterrupt:
+        print("interrupted: the last checkpoint is in the run folder, continue with --resume", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,1 @@
+"""Numbers that other people published, with their sources (README.md)."""

@@ -1,0 +1,83 @@
+"""Drivers advance a run by some iterations, whatever side of the border its environments live on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from mbrl.collect import HostCollector
+from mbrl.envs.pool import HostPool
+from mbrl.programs import Programs, RunState
+from mbrl.seeds import Seeds
+from mbrl.types import EnvSpec, HostEnv, JaxEnv
+
+
+class Source(NamedTuple):
+    """Where experience comes from. env: one JAX environment, or None; make_host(seed) -> one host
+    environment, used when env is None."""
+
+    spec: EnvSpec
+    env: JaxEnv | None = None
+    make_host: Callable[[int], HostEnv] | None = None
+
+
+class DeviceDriver:
+    """Advances a run whose environments are part of the compiled program."""
+
+    def __init__(self, programs: Programs, chunk: int):
+        self.programs, self.stride = programs, chunk
+
+    def advance(self, state: RunState, keys, iteration: int, learning: bool):
+        """``stride`` iterations -> (state, metrics or None, Episodes [S])."""
+        if learning:
+            return self.programs.chunk(state, keys, np.int32(iteration))
+        state, episodes = self.programs.prefill(state, keys, np.int32(iteration))
+        return state, None, episodes
+
+    def get_state(self) -> dict[str, np.ndarray]:
+        return {}
+
+    def set_state(self, extra: dict[str, np.ndarray]) -> None:
+        pass
+
+
+class HostDriver:
+    """Advances a run whose environments are Python objects: the policy and the updates are programs."""
+
+    stride = 1
+
+    def __init__(self, programs: Programs, pool: HostPool, seeds: Seeds, num_envs: int, rows: int):
+        self.programs, self.rows = programs, rows
+        self.collector = HostCollector(pool, len(seeds), num_envs)
+
+    def advance(self, state: RunState, keys, iteration: int, learning: bool):
+        policy = self.programs.act if learning else self.programs.act_random
+
+        def act(actor, obs, is_first, i):
+            return policy(state.train, actor, obs, is_first, keys, np.int32(iteration * self.rows + i))
+
+        actor, rows, latents, episodes = self.collector.collect(act, state.actor, self.rows)
+        state = state._replace(actor=actor)
+        if learning:
+            return *self.programs.learn(state, rows, latents, keys, np.int32(iteration)), episodes
+        return self.programs.store(state, rows, latents), None, episodes
+
+    def get_state(self) -> dict[str, np.ndarray]:
+        return self.collector.get_state()
+
+    def set_state(self, extra: dict[str, np.ndarray]) -> None:
+        self.collector.set_state(extra)
+
+
+def host_seed(seed: int, purpose: int, index: int) -> int:
+    """Seed of one host environment, independent between members, purposes and environments."""
+    return int(np.random.SeedSequence([seed, purpose, index]).generate_state(1)[0])
+
+
+def make_pool(source: Source, seeds: Seeds, num_envs: int, purpose: int) -> HostPool:
+    """S x E host environments, member by member."""
+    return HostPool(
+        [source.make_host(host_seed(s, purpose, i)) for s in seeds.seeds for i in range(num_envs)]
+    )

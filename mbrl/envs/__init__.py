@@ -1,0 +1,64 @@
+"""Environments by name. Nothing heavy is imported before an environment is made."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import Any
+
+from mbrl.types import HostEnv, JaxEnv
+
+REGISTRY: dict[str, str] = {
+    "pendulum": "mbrl.envs.pendulum:make",
+    "pendulum_dense": "mbrl.envs.pendulum:make_dense",
+    "probe_constant": "mbrl.envs.probes:constant",
+    "probe_constant_truncated": "mbrl.envs.probes:constant_truncated",
+    "probe_observation": "mbrl.envs.probes:observation",
+    "probe_delayed": "mbrl.envs.probes:delayed",
+    "probe_action": "mbrl.envs.probes:action",
+    "probe_action_discrete": "mbrl.envs.probes:action_discrete",
+    "probe_memory": "mbrl.envs.probes:memory",
+    "probe_memory_discrete": "mbrl.envs.probes:memory_discrete",
+}
+"""Environments written in JAX: name -> "module:factory", where factory(**options) -> JaxEnv."""
+
+
+def is_jax(name: str) -> bool:
+    """Whether the name is that of an environment written in JAX."""
+    return name in REGISTRY
+
+
+def make_jax(name: str, **options: Any) -> JaxEnv:
+    """An environment written in JAX; ``options`` go to its factory. Raises ValueError for unknown names."""
+    if name not in REGISTRY:
+        raise unknown(name)
+    module, _, factory = REGISTRY[name].partition(":")
+    return getattr(importlib.import_module(module), factory)(**options)
+
+
+def make_host(task: str, seed: int, action_repeat: int = 2) -> HostEnv:
+    """A dm_control task by its usual name, see ``mbrl.envs.dmc.make``."""
+    from mbrl.envs import dmc
+
+    return dmc.make(task, seed, action_repeat)
+
+
+def names() -> list[str]:
+    """All environments: those written in JAX, then the tasks of dm_control."""
+    from mbrl.envs import dmc
+
+    return [*REGISTRY, *dmc.task_names()]
+
+
+def unknown(name: str) -> ValueError:
+    """The error for a name that the wanted kind of environment does not have, in one sentence."""
+    from mbrl.envs import dmc
+
+    listing = 'list all with: python -c "import mbrl.envs; print(*mbrl.envs.names())"'
+    if name in REGISTRY:
+        return ValueError(f"{name!r} is an environment written in JAX, not a task of dm_control; {listing}")
+    if dmc.canonical(name):
+        return ValueError(f"{name!r} is a task of dm_control, not an environment written in JAX; {listing}")
+    close = difflib.get_close_matches(name.lower().replace("-", "_"), names(), n=4, cutoff=0.5)
+    hint = f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
+    return ValueError(f"There is no task or environment {name!r}{hint}; {listing}")

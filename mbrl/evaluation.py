@@ -1,0 +1,73 @@
+"""Deterministic evaluation of all seeds at once: fixed start states, the policy's mode, no learning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mbrl.envs.pool import HostPool
+from mbrl.seeds import Seeds
+from mbrl.types import Agent, JaxEnv
+
+
+def make_device(
+    agent: Agent, env: JaxEnv, seeds: Seeds, episodes: int, max_steps: int
+) -> Callable[..., np.ndarray]:
+    """``evaluate(train, keys) -> returns [S, episodes]``; one program, ``episodes`` environments per seed."""
+
+    def one_seed(train, key):
+        reset_key, loop_key = jax.random.split(key)
+        state, timestep = jax.vmap(env.reset)(jax.random.split(reset_key, episodes))
+        actor = agent.init_actor(train, episodes)
+
+        def body(carry, key):
+            state, timestep, actor, first, done, returns = carry
+            act_key, step_key = jax.random.split(key)
+            action, actor, _ = agent.act(train, actor, timestep.obs, first, act_key, mode="eval")
+            state, timestep = jax.vmap(env.step)(state, action, jax.random.split(step_key, episodes))
+            returns = returns + jnp.where(done, 0.0, timestep.reward)
+            done = done | timestep.is_last
+            return (state, timestep, actor, jnp.zeros_like(first), done, returns), None
+
+        carry = (state, timestep, actor, jnp.ones(episodes, bool), jnp.zeros(episodes, bool), jnp.zeros(episodes))
+        carry, _ = jax.lax.scan(body, carry, jax.random.split(loop_key, max_steps))
+        return carry[-1]
+
+    program = seeds.program(one_seed)
+    return lambda train, keys: np.asarray(program(train, keys))
+
+
+def make_host(agent: Agent, pool: HostPool, seeds: Seeds, episodes: int) -> Callable[..., np.ndarray]:
+    """As `make_device`, for ``pool`` of S x episodes host environments, seed by seed."""
+    start = pool.get_state()
+    shape = (len(seeds), episodes)
+
+    def act(train, actor, obs, is_first, key, step):
+        action, actor, _ = agent.act(train, actor, obs, is_first, jax.random.fold_in(key, step), mode="eval")
+        return action, actor
+
+    program = seeds.program(act, shared=(5,))
+    init_actor = seeds.program(lambda train: agent.init_actor(train, episodes))
+
+    def evaluate(train, keys) -> np.ndarray:
+        pool.set_state(start)  # the same start states at every evaluation
+        batch = lambda x: x.reshape(*shape, *x.shape[1:])  # noqa: E731
+        actor, first = init_actor(train), np.ones(shape, bool)
+        action = np.zeros((*shape, pool.spec.action.size), np.float32)
+        timestep = jax.tree.map(batch, pool.step(action.reshape(-1, action.shape[-1]), first.reshape(-1)))
+        returns, done, step = np.zeros(shape), np.zeros(shape, bool), 0
+        while not done.all():
+            action, actor = program(train, actor, timestep.obs, first, keys, step)
+            flat = np.asarray(action).reshape(-1, action.shape[-1])
+            # An episode that is over is reset and goes on uncounted, so that the batch keeps its shape.
+            first = timestep.is_last
+            timestep = jax.tree.map(batch, pool.step(flat, first.reshape(-1)))
+            returns += np.where(done, 0.0, timestep.reward)
+            done |= timestep.is_last
+            step += 1
+        return returns
+
+    return evaluate

@@ -1,0 +1,360 @@
+"""What a run says: rows on disk, TensorBoard events, a progress bar, and the table at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import warnings
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import progress
+from rich.console import Console
+from rich.table import Table
+
+from mbrl.published import PublishedScore
+from mbrl.run_folder import jsonable, write_atomic
+from mbrl.statistics import bootstrap_interval, iqm
+
+
+class Logger:
+    """Writes ``metrics.jsonl`` and TensorBoard events of one run.
+
+    ``metrics.jsonl`` has one row per step and seed, ``{"step": frames, "seed": s, name: value, ...}``, in the
+    order of the steps. Values that are not finite are written as null. TensorBoard shows each seed as a run
+    of its own (``seed_0``, ...) and their mean as the run ``mean``, under the same tags; non-finite values
+    are left out there, and out of the mean. What was logged for the same step in several calls becomes one
+    row: rows are written when a later step is logged, and by ``flush`` and ``close``. Call ``flush`` before a
+    checkpoint is saved.
+
+    folder: the run folder. num_seeds: S. tensorboard: False writes no events. When the disk is full there is
+    one warning and the rows are lost; the run goes on and the file stays readable.
+    """
+
+    def __init__(self, folder: str | os.PathLike, num_seeds: int, tensorboard: bool = True):
+        root = Path(folder)
+        root.mkdir(parents=True, exist_ok=True)
+        self.path = root / "metrics.jsonl"
+        self.num_seeds = num_seeds
+        self._tensorboard = root / "tensorboard" if tensorboard else None
+        self._writers: list[Any] | None = None
+        self._purge_step: int | None = None
+        self._step: int | None = None
+        self._rows: list[dict[str, Any]] = []
+        self._warned = False
+        _drop_torn_line(self.path)
+        self._file = self._open()
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Record ``values`` at ``step`` (simulator frames; not below an earlier call's).
+
+        values: by name, [S] one number per seed, or a scalar that holds for all seeds. Raises ValueError for
+        another shape and for a step that goes backwards.
+        """
+        step = int(step)
+        if self._step is not None and step < self._step:
+            raise ValueError(f"step must not decrease, found {step} after {self._step}")
+        columns = {name: self._column(name, value) for name, value in values.items()}
+        if step != self._step:
+            self.flush()
+            self._step = step
+        if not self._rows:
+            self._rows = [{"step": step, "seed": seed} for seed in range(self.num_seeds)]
+        for seed, row in enumerate(self._rows):
+            row.update({name: column[seed] for name, column in columns.items()})
+        self._log_tensorboard(step, columns)
+
+    def flush(self) -> None:
+        """Write the rows that wait for more values of their step, in one call of the operating system."""
+        if not self._rows:
+            return
+        data = "".join(json.dumps(jsonable(row), allow_nan=False) + "\n" for row in self._rows).encode()
+        self._rows = []
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            written = self._file.write(data)
+            if written != len(data):
+                raise OSError(0, "no space left for all of it")
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), end)  # half a row would spoil the next one as well
+            if not self._warned:
+                self._warned = True
+                message = (
+                    f"{self.path} cannot be written ({error.strerror}): rows are lost from step {self._step}"
+                )
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+    def truncate_to(self, step: int) -> None:
+        """Forget everything after ``step``: call it once on resume, with the step of the checkpoint.
+
+        Removes later rows and a torn last line from ``metrics.jsonl`` (atomically) and tells TensorBoard to
+        drop later events.
+        """
+        self._rows, self._step, self._purge_step = [], None, int(step) + 1
+        self._file.close()
+        truncate_metrics(self.path, step)
+        self._file = self._open()
+
+    def close(self) -> None:
+        """Write what is left and close the files. Safe to call twice."""
+        if self._file.closed:
+            return
+        self.flush()
+        self._file.close()
+        for writer in self._writers or ():
+            writer.close()
+
+    def __enter__(self) -> Logger:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _open(self):
+        return open(self.path, "ab", buffering=0)  # unbuffered: a row is whole or was never written
+
+    def _column(self, name: str, value: Any) -> np.ndarray:
+        if name in ("step", "seed"):
+            raise ValueError(f"metric name {name!r} is taken by the row itself: choose another")
+        value = np.asarray(value)
+        if value.shape not in ((), (self.num_seeds,)):
+            raise ValueError(
+                f"{name} must be a scalar or have shape ({self.num_seeds},), found {value.shape}"
+            )
+        return np.broadcast_to(value, (self.num_seeds,))
+
+    def _log_tensorboard(self, step: int, columns: Mapping[str, np.ndarray]) -> None:
+        if self._tensorboard is None:
+            return
+        if self._writers is None:
+            from tensorboardX import SummaryWriter  # here, because it loads protobuf
+
+            names = [f"seed_{seed}" for seed in range(self.num_seeds)] + ["mean"] * (self.num_seeds > 1)
+            self._writers = [
+                SummaryWriter(str(self._tensorboard / name), purge_step=self._purge_step, flush_secs=10)
+                for name in names
+            ]
+        for name, column in columns.items():
+            numbers = column.astype(np.float64)
+            finite = numbers[np.isfinite(numbers)]
+            shown = [*numbers, *([finite.mean()] if self.num_seeds > 1 and finite.size else [])]
+            for writer, number in zip(self._writers, shown, strict=False):
+                if np.isfinite(number):
+                    writer.add_scalar(name, number, step)
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The rows of a ``metrics.jsonl``, in order; empty when the file does not exist.
+
+    path: the file, or its run folder. A last line that was cut short by a kill is left out. Rows of the same
+    step and seed are merged. Raises ValueError for an unreadable line elsewhere: that is no torn write.
+    """
+    path = Path(path)
+    path = path / "metrics.jsonl" if path.is_dir() else path
+    if not path.exists():
+        return []
+    rows: dict[tuple[int, int], dict[str, Any]] = {}
+    *lines, torn = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            rows.setdefault((row["step"], row["seed"]), {}).update(row)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} line {number} is not a row of metrics: {error}") from None
+    del torn  # what follows the last newline: empty, or half a row
+    return list(rows.values())
+
+
+def truncate_metrics(path: str | os.PathLike, step: int) -> None:
+    """Remove the rows after ``step`` and every unreadable line from the file, atomically."""
+    path = Path(path)
+    if not path.exists():
+        return
+
+    def kept(line: bytes) -> bool:
+        try:
+            return json.loads(line)["step"] <= step
+        except (ValueError, KeyError, TypeError):
+            return False
+
+    lines = path.read_bytes().split(b"\n")[:-1]
+    write_atomic(path, b"".join(line + b"\n" for line in lines if kept(line)))
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut off what follows the last newline, so that the next row does not continue half a row."""
+    if not path.exists():
+        return
+    with open(path, "rb+") as file:
+        data = file.read()
+        file.truncate(data.rfind(b"\n") + 1)
+
+
+class Progress:
+    """How far a run is: a bar on a terminal, else one plain line every ``every`` seconds.
+
+    total, start: steps in simulator frames, ``start`` above 0 for a resumed run. every: seconds between plain
+    lines. console: a rich console, by default one on stdout; its ``is_terminal`` decides. Speeds are means
+    over the last 30 seconds or so; steps/s counts simulator frames, like the steps themselves.
+    Use it as a context manager.
+    """
+
+    def __init__(self, total: int, start: int = 0, every: float = 10.0, console: Console | None = None):
+        self.console = console or Console(file=sys.stdout, highlight=False)
+        self.total, self.start, self.every = total, start, every
+        self._marks: deque[tuple[float, int, int]] = deque(maxlen=200)  # (time, steps, updates)
+        self._printed = time.monotonic()  # the first plain line comes after ``every`` seconds
+        self._latest = ""
+        self._bar = _make_bar(self.console, total, start) if self.console.is_terminal else None
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def update(self, step: int, returns: Any = None, updates: int | None = None) -> None:
+        """Show the state of the run.
+
+        step: simulator frames so far. returns: [S] latest episode return per seed, NaN where a seed has not
+        finished one yet; None when there are none. updates: gradient steps so far, per seed.
+        """
+        now = time.monotonic()
+        self._marks.append((now, int(step), int(updates or 0)))
+        while len(self._marks) > 2 and now - self._marks[0][0] > 30.0:
+            self._marks.popleft()
+        then, first_step, first_updates = self._marks[0]
+        seconds = now - then
+        per_second = (step - first_step) / seconds if seconds > 0 else float("nan")
+        updates_per_second = (self._marks[-1][2] - first_updates) / seconds if seconds > 0 else float("nan")
+        eta = (self.total - step) / per_second if per_second > 0 else float("nan")
+        texts = {
+            "returns": f"return {format_returns(returns)}",
+            "rates": f"{_rate(updates_per_second)} updates/s  {_rate(per_second)} steps/s",
+            "eta": f"ETA {format_seconds(eta)}",
+        }
+        if self._bar is not None:
+            _show(self._bar, min(step, self.total), texts)
+            return
+        percent = f"{100 * step / max(self.total, 1):.0f} %"
+        self._latest = f"{step:,} / {self.total:,} steps ({percent})  " + "  ".join(texts.values())
+        if now - self._printed >= self.every:
+            self._print_latest(now)
+
+    def say(self, message: str) -> None:
+        """Print a line of its own, above the bar."""
+        self.console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Leave the bar, or the last plain line, as it is. Safe to call twice."""
+        if self._bar is not None:
+            self._bar.stop()
+        self._print_latest(time.monotonic())
+
+    def _print_latest(self, now: float) -> None:
+        if self._latest:
+            self.say(self._latest)
+            self.console.file.flush()
+        self._printed, self._latest = now, ""
+
+
+def _make_bar(console: Console, total: int, start: int) -> progress.Progress:
+    bar = progress.Progress(
+        progress.TextColumn("{task.completed:,.0f}/{task.total:,.0f} steps"),
+        progress.BarColumn(bar_width=None),
+        progress.TextColumn("[bold]{task.fields[returns]}"),
+        progress.TextColumn("{task.fields[rates]}"),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("{task.fields[eta]}"),
+        console=console,
+        refresh_per_second=4,  # it shares the cores with the training
+        expand=True,
+    )
+    bar.add_task("", total=total, completed=start, returns="return -", rates="", eta="ETA -")
+    return bar
+
+
+def _show(bar: Any, completed: int, texts: dict[str, str]) -> None:
+    bar.update(bar.task_ids[0], completed=completed, **texts)
+
+
+def format_returns(returns: Any) -> str:
+    """Up to four seeds one by one (``812 790 - 801``), more as ``mean (min to max)``; ``-`` for none yet."""
+    if returns is None:
+        return "-"
+    returns = np.asarray(returns, dtype=np.float64).ravel()
+    if returns.size <= 4:
+        return " ".join(f"{value:.0f}" if np.isfinite(value) else "-" for value in returns) or "-"
+    finite = returns[np.isfinite(returns)]
+    if not finite.size:
+        return "-"
+    return f"{finite.mean():.0f} ({finite.min():.0f} to {finite.max():.0f})"
+
+
+def format_seconds(seconds: float) -> str:
+    """``42s``, ``3:07``, ``1:02:03``; ``-`` when not finite."""
+    if not np.isfinite(seconds):
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02d}:{rest:02d}"
+    return f"{minutes}:{rest:02d}" if minutes else f"{rest}s"
+
+
+def _rate(value: float) -> str:
+    return f"{value:.1f}" if value < 100 else f"{value:,.0f}" if np.isfinite(value) else "-"
+
+
+def results_table(
+    task: str,
+    frames: int,
+    returns: Any,
+    wall_seconds: float,
+    published: PublishedScore | None = None,
+    seeds: Sequence[int] | None = None,
+) -> Table:
+    """The table printed at the end of a run (``rich.print(table)``).
+
+    returns: [S, K] final evaluation returns of K episodes of each of S seeds. frames: simulator frames of
+    training per seed. published: ``published.score_at(task, frames)``. seeds: names of the rows, 0 to S - 1
+    by default. Shows each seed's mean +- standard deviation over episodes, then mean, IQM and the 95 %
+    bootstrap interval of the IQM over seeds. Seeds whose return is not finite are shown as failed and left
+    out of the aggregates, which then say how many seeds they cover.
+    """
+    returns = np.asarray(returns, dtype=np.float64)
+    if returns.ndim != 2 or returns.size == 0:
+        raise ValueError(f"returns must be [seeds, episodes] and not empty, found shape {returns.shape}")
+    episodes = returns.shape[1]
+    table = Table(
+        title=f"{task} after {frames:,} frames", title_style="bold", caption_justify="left", min_width=48
+    )
+    table.add_column("")
+    table.add_column("evaluation return", justify="right")
+    table.add_column(f"over {episodes} episodes" if episodes > 1 else "over 1 episode", justify="right")
+    means = returns.mean(axis=1)
+    for seed, mean, one in zip(seeds or range(len(returns)), means, returns, strict=True):
+        ok = np.isfinite(mean)
+        table.add_row(f"seed {seed}", f"{mean:.1f}" if ok else "failed", f"± {one.std():.1f}" if ok else "")
+    table.add_section()
+    good = means[np.isfinite(means)]
+    over = f"{good.size} seeds" if good.size == means.size else f"{good.size} of {means.size} seeds"
+    if good.size > 1:
+        low, high = bootstrap_interval(good)
+        table.add_row("mean", f"{good.mean():.1f}", over)
+        table.add_row("IQM", f"{iqm(good):.1f}", over)
+        table.add_row("95 % interval", f"{low:.1f} to {high:.1f}", "of the IQM")
+    if published is not None:
+        spread = f"± {published.std:.1f}, {published.num_seeds} seeds"
+        table.add_row("published", f"{published.mean:.1f}", spread)
+        table.caption = f"published: {published.source}"
+    table.add_section()
+    table.add_row("wall time", format_seconds(wall_seconds), "")
+    return table

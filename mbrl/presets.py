@@ -1,0 +1,90 @@
+"""Named settings of Dreamer: the published sizes, and small ones for a CPU. Flags override any field.
+
+A preset maps the parts of an experiment's config to field values. "model" holds fields that every latent
+world model has, "rssm" and the like those of one backbone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Preset = dict[str, dict[str, Any]]
+
+
+def _published(deter: int, hidden: int, classes: int) -> Preset:
+    """DreamerV3 size presets (danijar/dreamerv3 configs.yaml); 32 latents and 8 blocks at every size. The
+    loop is the one that made the published DMC curves: action repeat 2, train ratio 512."""
+    return {
+        "model": {"stoch": 32, "classes": classes, "units": hidden},
+        "rssm": {"deter": deter, "hidden": hidden, "blocks": 8},
+        "agent": {"units": hidden},
+        "optimiser": {},
+        "loop": {},
+    }
+
+
+def _small(deter: int, stoch: int, classes: int, layers: int) -> Preset:
+    """For CPU cores: narrow and unblocked, a few random starts instead of all, the actor's gradient through
+    the dynamics, Adam with a decaying learning rate. docs/results.md has the measurements behind it."""
+    return {
+        "model": {
+            "stoch": stoch,
+            "classes": classes,
+            "units": deter,
+            "encoder_layers": layers,
+            "decoder_layers": layers,
+            "bins": 63,
+            "bin_limit": 8.0,
+        },
+        "rssm": {"deter": deter, "hidden": deter, "blocks": 1, "prior_layers": 1},
+        "agent": {
+            "units": deter,
+            "actor_layers": layers,
+            "critic_layers": layers,
+            "actor_grad": "dynamics",
+            "imag_starts": 64,
+            "replay_bootstrap": "value",
+            "replay_context": False,
+            "scale_rec": 10.0,
+            "bins": 63,
+            "bin_limit": 8.0,
+        },
+        "optimiser": {
+            "name": "adam",
+            "learning_rate": 1e-3,
+            "warmup": 200,
+            "decay": "linear",
+            "agc": 0.0,
+            "clip_norm": 10.0,
+            "eps": 1e-8,
+        },
+        "loop": {
+            "num_envs": 4,
+            "batch_size": 16,
+            "batch_length": 16,
+            "train_ratio": 256.0,
+            "prefill": 2000,
+            "prefill_random": True,
+            "replay_size": 500_000,
+        },
+    }
+
+
+def _xs() -> Preset:
+    preset = _small(deter=32, stoch=4, classes=4, layers=1)
+    preset["agent"] |= {"imag_starts": 16, "horizon": 10}
+    preset["loop"] |= {"batch_size": 8, "train_ratio": 64.0, "prefill": 1000}
+    return preset
+
+
+DREAMER: dict[str, Preset] = {
+    "xs": _xs(),
+    "s": _small(deter=64, stoch=8, classes=4, layers=2),
+    "size1m": _published(deter=512, hidden=64, classes=4),
+    "size12m": _published(deter=2048, hidden=256, classes=16),
+    "size25m": _published(deter=3072, hidden=384, classes=24),
+    "size50m": _published(deter=4096, hidden=512, classes=32),
+    "size100m": _published(deter=6144, hidden=768, classes=48),
+    "size200m": _published(deter=8192, hidden=1024, classes=64),
+    "size400m": _published(deter=12288, hidden=1536, classes=96),
+}

@@ -1,0 +1,305 @@
+"""The compiled programs of a run and its clock. The loop that calls them is `mbrl.train`.
+
+    iteration = collect n steps of E environments; add them to replay; U updates
+
+With device environments a whole chunk of iterations is one program; with host environments (MuJoCo) the
+policy is one program, and storing and updating another. All get the seed axis from `mbrl.seeds`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil, gcd
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mbrl.collect import collect_device, init_device, random_action
+from mbrl.errors import UserError
+from mbrl.replay import Replay, ReplayState
+from mbrl.seeds import Seeds
+from mbrl.types import Agent, Array, EnvSpec, JaxEnv, PyTree, Transition
+
+# Every random stream of a run is fold_in(fold_in(seed key, stream), clock): nothing random needs saving,
+# and a new consumer does not shift the others.
+INIT, ENVS, ACT, UPDATE, EVALUATE = range(5)
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """The loop: environments, replay, how often to update, log, evaluate and save. Counts are per seed."""
+
+    num_envs: int = 16
+    """Environments stepped side by side (E)."""
+    action_repeat: int = 2
+    """Simulator frames per agent step; steps of the published curves count frames."""
+    batch_size: int = 16
+    """Sequences per update (B)."""
+    batch_length: int = 64
+    """Trained time steps of each sequence (T)."""
+    train_ratio: float = 512.0
+    """Replayed time steps per agent step, so updates per agent step are train_ratio / (B T)."""
+    collect_steps: int = 0
+    """Steps of each environment between two bursts of updates; 0 takes the fewest that give whole updates,
+    at least 8."""
+    prefill: int = 1024
+    """Agent steps collected before the first update."""
+    prefill_random: bool = False
+    """Prefill with uniform random actions; otherwise with the untrained policy (published)."""
+    replay_size: int = 5_000_000
+    """Agent steps that replay holds; never more than the run collects."""
+    replay_online: bool = True
+    """Serve every fresh sequence once before uniform ones."""
+    chunk: int = 1
+    """Iterations per compiled call with device environments; results do not depend on it."""
+    log_every: int = 2000
+    """Frames between two rows of metrics."""
+    eval_every: int = 10_000
+    """Frames between two evaluations; 0 evaluates at the end only."""
+    eval_episodes: int = 10
+    """Episodes per seed of each evaluation, with the deterministic policy."""
+    checkpoint_every: int = 20_000
+    """Frames between two checkpoints; 0 saves at the end only."""
+    freeze_after: int = 100
+    """A seed whose last updates were all rejected as not finite, this many, stops learning."""
+
+
+class Clock(NamedTuple):
+    """Static numbers of a run, in iterations unless said. rows: steps per environment and iteration (n);
+    updates: per iteration (U); prefill, total; frames: simulator frames per iteration; capacity: rows."""
+
+    rows: int
+    updates: int
+    prefill: int
+    total: int
+    frames: int
+    capacity: int
+
+    @property
+    def total_updates(self) -> int:
+        return (self.total - self.prefill) * self.updates
+
+    def every(self, frames: int, chunk: int) -> int:
+        """``frames`` as iterations, a whole number of chunks, at least one chunk."""
+        return max(1, round(frames / self.frames / chunk)) * chunk
+
+
+def make_clock(config: LoopConfig, steps: int, length: int) -> Clock:
+    """Turns a config into the run's clock; ``steps`` in simulator frames, ``length`` rows per sequence.
+
+    Raises UserError where the train ratio gives no whole number of updates, or prefill cannot fill a
+    sequence, or the run ends before it learns.
+    """
+    for field in ("num_envs", "action_repeat", "batch_size", "batch_length", "chunk", "log_every"):
+        if getattr(config, field) < 1:
+            raise UserError(f"loop.{field} is {getattr(config, field)}, it must be at least 1")
+    for field in ("prefill", "collect_steps", "eval_every", "eval_episodes", "checkpoint_every"):
+        if getattr(config, field) < 0:
+            raise UserError(f"loop.{field} is {getattr(config, field)}, it must not be negative")
+    if not config.train_ratio > 0:
+        raise UserError(f"loop.train_ratio is {config.train_ratio}, it must be above 0")
+    per_update = config.batch_size * config.batch_length
+    scale = 1_000_000  # ratios are decimal numbers: compare them as integers
+    ratio = round(config.train_ratio * scale) * config.num_envs
+    fewest = per_update * scale // gcd(per_update * scale, ratio)
+    rows = config.collect_steps or fewest * ceil(8 / fewest)
+    if (rows * ratio) % (per_update * scale):
+        raise UserError(
+            f"loop.train_ratio {config.train_ratio:g} with {config.num_envs} environments, loop.collect_steps "
+            f"{rows} and batches of {config.batch_size} x {config.batch_length} gives "
+            f"{rows * ratio / scale / per_update:g} updates per iteration, it must be whole: "
+            f"use a multiple of {fewest} as loop.collect_steps"
+        )
+    frames = rows * config.num_envs * config.action_repeat
+    if rows > 100_000:
+        raise UserError(
+            f"loop.train_ratio {config.train_ratio:g} needs {rows} steps of every environment for one whole "
+            f"number of updates, at most 100000 are allowed: choose a ratio that is a simple fraction of "
+            f"{per_update} / {config.num_envs}"
+        )
+
+    def chunks(iterations):
+        return ceil(iterations / config.chunk) * config.chunk
+
+    prefill = chunks(max(1, ceil(max(config.prefill / config.num_envs, length) / rows)))
+    total = chunks(max(1, ceil(steps / frames)))
+    if total <= prefill:
+        raise UserError(
+            f"steps is {steps} frames, but the first {prefill * frames} only fill replay: "
+            f"use more than {prefill * frames}, or a smaller loop.prefill"
+        )
+    capacity = min(max(config.replay_size // config.num_envs, length + rows), total * rows)
+    if config.replay_size // config.num_envs < length + rows:
+        raise UserError(
+            f"loop.replay_size is {config.replay_size}, it must be at least "
+            f"{(length + rows) * config.num_envs} to hold one sequence of each environment"
+        )
+    return Clock(rows, round(rows * ratio / scale / per_update), prefill, total, frames, capacity)
+
+
+class Health(NamedTuple):
+    """Updates of one seed that were not finite. rejected: all; consecutive: since the last good one;
+    frozen: the seed learns no more."""
+
+    rejected: Array
+    consecutive: Array
+    frozen: Array
+
+
+class RunState(NamedTuple):
+    """Everything of one seed that a checkpoint holds; with the seed axis [S] in front while running.
+
+    env: `EnvCarry` of JAX environments, () where they live on the host.
+    """
+
+    train: PyTree
+    actor: PyTree
+    replay: ReplayState
+    health: Health
+    env: PyTree
+
+
+def stream(key: Array, name: int, clock: Array | int) -> Array:
+    return jax.random.fold_in(jax.random.fold_in(key, name), clock)
+
+
+def all_finite(tree: PyTree) -> Array:
+    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
+
+
+def update_loop(agent: Agent, replay: Replay, state: RunState, key: Array, updates: int, freeze_after: int):
+    """``updates`` gradient steps of one seed on fresh samples; returns (state, mean metrics).
+
+    An update whose result is not finite is rejected: parameters, optimiser and latents stay as they were.
+    """
+
+    def body(carry, key):
+        train, ring, health = carry
+        sample_key, update_key = jax.random.split(key)
+        ring, sampled = replay.sample(ring, sample_key)
+        new, info = agent.update(train, sampled.traj, update_key)
+        good = all_finite((new, info.metrics["loss"]))
+        accept = good & ~health.frozen
+        train = jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, train)
+        if jax.tree.leaves(info.latent):
+            kept = jax.tree.map(
+                lambda new, old: jnp.where(accept, new, old[-new.shape[0] :]), info.latent, sampled.traj.latent
+            )
+            ring = replay.write_latent(ring, sampled, kept)
+        consecutive = jnp.where(good, 0, health.consecutive + 1)
+        health = Health(
+            health.rejected + (~good).astype(jnp.int32), consecutive, health.frozen | (consecutive >= freeze_after)
+        )
+        return (train, ring, health), info.metrics
+
+    carry, metrics = jax.lax.scan(
+        body, (state.train, state.replay, state.health), jax.random.split(key, updates)
+    )
+    train, ring, health = carry
+    metrics = jax.tree.map(lambda x: x.mean(0), metrics)
+    metrics |= {"rejected_updates": health.rejected, "frozen": health.frozen}
+    return state._replace(train=train, replay=ring, health=health), metrics
+
+
+class Programs(NamedTuple):
+    """The compiled programs of a run; all arguments and results carry the seed axis, the clock does not.
+
+    init(keys) -> RunState
+    act(train, actor, obs, is_first, keys, step, *, random) -> (action, actor, latent): host only
+    store(state, rows, latents) -> state: host prefill
+    learn(state, rows, latents, keys, iteration) -> (state, metrics): host
+    prefill(state, keys, iteration) -> (state, Episodes): device
+    chunk(state, keys, iteration) -> (state, metrics, Episodes): device
+    """
+
+    init: Callable
+    act: Callable
+    act_random: Callable
+    store: Callable
+    learn: Callable
+    prefill: Callable
+    chunk: Callable
+
+
+def make_programs(
+    agent: Agent, replay: Replay, spec: EnvSpec, env: JaxEnv | None, seeds: Seeds, config: LoopConfig, clock: Clock
+) -> Programs:
+    """Programs of one run. env: the JAX environment, or None where environments live on the host."""
+    num_envs = config.num_envs
+
+    def init(key) -> RunState:
+        train = agent.init(stream(key, INIT, 0))
+        actor = agent.init_actor(train, num_envs)
+        carry = () if env is None else init_device(env, num_envs, stream(key, ENVS, 0))
+        return RunState(train, actor, replay.init(example_row(agent, spec, num_envs)), init_health(), carry)
+
+    def act(train, actor, obs, is_first, key, step, random):
+        act_key, random_key = jax.random.split(stream(key, ACT, step))
+        action, actor, info = agent.act(train, actor, obs, is_first, act_key, mode="train")
+        if random:
+            action = random_action(random_key, spec, num_envs)
+            actor = actor._replace(action=action)
+        return action, actor, info["latent"]
+
+    def store(state: RunState, rows, latents) -> RunState:
+        latent = jax.tree.map(lambda *xs: jnp.stack(xs), *latents)
+        return state._replace(replay=replay.add(state.replay, rows._replace(latent=latent)))
+
+    def learn(state, rows, latents, key, iteration):
+        state = store(state, rows, latents)
+        key = stream(key, UPDATE, iteration)
+        return update_loop(agent, replay, state, key, clock.updates, config.freeze_after)
+
+    def collect(state: RunState, key, iteration, explore):
+        actor, carry, rows, episodes = collect_device(
+            env, agent, state.train, state.actor, state.env, stream(key, ACT, iteration), clock.rows, explore
+        )
+        return state._replace(actor=actor, env=carry, replay=replay.add(state.replay, rows)), episodes
+
+    def prefill(state, key, iteration):
+        def body(state, i):
+            return collect(state, key, iteration + i, config.prefill_random)
+
+        state, episodes = jax.lax.scan(body, state, jnp.arange(config.chunk))
+        return state, jax.tree.map(lambda x: x.sum(0), episodes)
+
+    def chunk(state, key, iteration):
+        def body(state, i):
+            state, episodes = collect(state, key, iteration + i, False)
+            key_i = stream(key, UPDATE, iteration + i)
+            state, metrics = update_loop(agent, replay, state, key_i, clock.updates, config.freeze_after)
+            return state, (metrics, episodes)
+
+        state, (metrics, episodes) = jax.lax.scan(body, state, jnp.arange(config.chunk))
+        return state, jax.tree.map(lambda x: x.mean(0), metrics), jax.tree.map(lambda x: x.sum(0), episodes)
+
+    return Programs(
+        init=seeds.program(init),
+        act=seeds.program(lambda *args: act(*args, random=False), shared=(5,)),
+        act_random=seeds.program(lambda *args: act(*args, random=config.prefill_random), shared=(5,)),
+        store=seeds.program(store, donate=0),
+        learn=seeds.program(learn, shared=(4,), donate=0),
+        prefill=seeds.program(prefill, shared=(2,), donate=0),
+        chunk=seeds.program(chunk, shared=(2,), donate=0),
+    )
+
+
+def init_health() -> Health:
+    return Health(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.zeros((), bool))
+
+
+def example_row(agent: Agent, spec: EnvSpec, num_envs: int) -> Transition:
+    """Zeros with the shapes and dtypes of one replay row [E, ...]."""
+
+    def observation(key):
+        obs = {k: jnp.zeros((num_envs, *s.shape), s.dtype) for k, s in spec.obs.items()}
+        flag, number = jnp.zeros(num_envs, bool), jnp.zeros(num_envs)
+        train = agent.init(key)
+        action, _, info = agent.act(train, agent.init_actor(train, num_envs), obs, flag, key, mode="train")
+        return Transition(obs, action, number, flag, flag, flag, info["latent"])
+
+    shapes = jax.eval_shape(observation, jax.random.key(0))
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

@@ -1,0 +1,103 @@
+"""Published learning curves that come with the package, to compare a run with (``mbrl/data/README.md``)."""
+
+from __future__ import annotations
+
+import csv
+from functools import cache
+from importlib.resources import files
+from typing import NamedTuple
+
+import numpy as np
+
+# Names that users (and the dreamerv3 repository) type, next to what dm_control calls the task.
+ALIASES = {"cup_catch": "ball_in_cup_catch"}
+SETTINGS = "size12m, action repeat 2, train ratio 512"
+
+
+class PublishedCurve(NamedTuple):
+    """One published curve. frames [N] int64, increasing, simulator frames with action repeat included;
+    mean, std [N] float64: episode return, over ``num_seeds`` seeds; source: where it was published."""
+
+    frames: np.ndarray
+    mean: np.ndarray
+    std: np.ndarray
+    num_seeds: int
+    source: str
+    task: str
+    method: str
+
+
+class PublishedScore(NamedTuple):
+    """One point of a published curve: return ``mean`` +- ``std`` over ``num_seeds`` seeds at ``frames``."""
+
+    frames: int
+    mean: float
+    std: float
+    num_seeds: int
+    source: str
+
+
+def task_name(task: str) -> str:
+    """The name under which ``task`` is filed: ``cup_catch`` and ``dmc_ball-in-cup_catch`` are one task."""
+    name = task.strip().replace("-", "_").removeprefix("dmc_")
+    return ALIASES.get(name, name)
+
+
+@cache
+def _curves() -> dict[tuple[str, str, str], PublishedCurve]:
+    rows: dict[tuple[str, str, str], list[dict[str, str]]] = {}
+    # importlib.resources, not __file__: the package may be installed as a wheel or a zip.
+    with (files("mbrl") / "data" / "dreamer_dmc_curves.csv").open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            rows.setdefault((row["suite"], row["method"], row["task"]), []).append(row)
+    return {key: _curve_of(key, value) for key, value in rows.items()}
+
+
+def _curve_of(key: tuple[str, str, str], rows: list[dict[str, str]]) -> PublishedCurve:
+    rows = sorted(rows, key=lambda row: int(row["frames"]))
+    return PublishedCurve(
+        frames=np.array([int(row["frames"]) for row in rows]),
+        mean=np.array([float(row["mean"]) for row in rows]),
+        std=np.array([float(row["std"]) for row in rows]),
+        num_seeds=max(int(row["num_seeds"]) for row in rows),
+        source=f"{rows[0]['source']} ({SETTINGS})",
+        task=key[2],
+        method=key[1],
+    )
+
+
+def tasks(method: str = "dreamerv3", suite: str = "dmc_proprio") -> list[str]:
+    """The tasks that have a published curve of ``method`` in ``suite``, sorted; empty when there are none."""
+    return sorted(task for s, m, task in _curves() if (s, m) == (suite, method))
+
+
+def curve(task: str, method: str = "dreamerv3", suite: str = "dmc_proprio") -> PublishedCurve | None:
+    """The published curve of ``task``, or None when there is none.
+
+    task: as users type it (``walker_walk``, ``cup_catch``). suite: ``dmc_proprio`` (state observations) or
+    ``dmc_vision``. Values are averages over bins of 25,000 (50,000) frames, placed at the bin's mean frame.
+    """
+    return _curves().get((suite, method, task_name(task)))
+
+
+def score_at(
+    task: str, frames: int, method: str = "dreamerv3", suite: str = "dmc_proprio"
+) -> PublishedScore | None:
+    """The published return of ``task`` after ``frames`` simulator frames, interpolated linearly.
+
+    None when there is no curve, when ``frames`` lies before its first point (15,000 for ``dmc_proprio``) or
+    more than one bin after its last one: nothing is extrapolated.
+    """
+    found = curve(task, method, suite)
+    if found is None:
+        return None
+    bin_width = int(found.frames[1] - found.frames[0])
+    if not found.frames[0] <= frames <= found.frames[-1] + bin_width:
+        return None
+    return PublishedScore(
+        frames=int(frames),
+        mean=float(np.interp(frames, found.frames, found.mean)),
+        std=float(np.interp(frames, found.frames, found.std)),
+        num_seeds=found.num_seeds,
+        source=found.source,
+    )

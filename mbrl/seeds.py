@@ -1,0 +1,84 @@
+"""N seeds as one program: functions are written for one seed, this adds the axis and spreads it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+
+def use_cpu_devices(num_seeds: int) -> None:
+    """One virtual CPU device per core, as many as divide the seeds, so that seeds use all cores.
+
+    Call before the first JAX operation. Without effect on accelerators. An explicit XLA_FLAGS
+    --xla_force_host_platform_device_count wins.
+    """
+    if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jax.config.update("jax_num_cpu_devices", _divisor(num_seeds, cores))
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs on disk (JAX_COMPILATION_CACHE_DIR, or ~/.cache/mbrl-jax): later runs of the
+    same shapes start in seconds."""
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/mbrl-jax/programs"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _divisor(number: int, limit: int) -> int:
+    return max(d for d in range(1, min(number, limit) + 1) if number % d == 0)
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """The seed axis: ``seeds`` are the members' integers, ``mesh`` the devices that they spread over."""
+
+    seeds: tuple[int, ...]
+    mesh: Mesh
+
+    @classmethod
+    def make(cls, seed: int, num_seeds: int) -> Seeds:
+        """Members seed, seed + 1, ...; a member's run does not depend on how many run beside it."""
+        devices = jax.devices()
+        devices = devices[: _divisor(num_seeds, len(devices))]
+        return cls(tuple(range(seed, seed + num_seeds)), Mesh(np.array(devices), ("seed",)))
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    @property
+    def sharding(self) -> NamedSharding:
+        """Of arrays with leading axis S."""
+        return NamedSharding(self.mesh, P("seed"))
+
+    def keys(self) -> jax.Array:
+        """One typed PRNG key per member [S]."""
+        keys = jax.vmap(jax.random.key)(np.array(self.seeds))
+        return jax.device_put(keys, self.sharding)
+
+    def program(self, function: Callable[..., Any], shared: tuple[int, ...] = (), donate=()) -> Any:
+        """jit of ``function`` for all members: arguments and results get the leading axis S.
+
+        shared: positions of arguments without that axis (the clock). donate: positions whose buffers the
+        result may reuse. No communication between members.
+        """
+
+        def specs(n):
+            return tuple(P() if i in shared else P("seed") for i in range(n))
+
+        def all_seeds(*args):
+            axes = tuple(None if i in shared else 0 for i in range(len(args)))
+            mapped = jax.vmap(function, in_axes=axes)
+            return jax.shard_map(
+                mapped, mesh=self.mesh, in_specs=specs(len(args)), out_specs=P("seed"), check_vma=False
+            )(*args)
+
+        return jax.jit(all_seeds, donate_argnums=donate)

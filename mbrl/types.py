@@ -1,0 +1,211 @@
+"""The contracts between environments, replay, world models and agents.
+
+Every contract is a NamedTuple of pure functions closed over static configuration; parameters and state
+are explicit pytrees. Functions are written without the seed axis: ``jax.vmap`` adds it outside.
+
+Axis legend, used in every docstring: ``S`` seeds, ``E`` environments, ``B`` batch, ``T`` time,
+``H`` horizon, ``N`` samples, ``A`` action, ``F`` features. Arrays are time-major, ``[T, B, ...]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+Array = jax.Array
+PyTree = Any
+Params = PyTree
+State = PyTree
+Metrics = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array of an observation, or the action.
+
+    shape: without batch axes. dtype: numpy name. classes: number of categories of a discrete entry,
+    None for a continuous one. Actions are always float32 vectors of shape (A,): continuous ones lie in
+    [-1, 1], discrete ones are one-hot with ``classes == A``.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    classes: int | None = None
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape, dtype=int))
+
+
+@dataclass(frozen=True)
+class EnvSpec:
+    """What an environment shows: ``obs`` by key, ``action``, and its clock.
+
+    action_repeat: simulator frames per agent step. max_steps: agent steps of the longest episode, None
+    when episodes have no time limit.
+    """
+
+    name: str
+    obs: dict[str, ArraySpec]
+    action: ArraySpec
+    action_repeat: int = 1
+    max_steps: int | None = None
+
+
+class TimeStep(NamedTuple):
+    """What one environment returns from reset and step. No batch axis, or [E, ...] from a pool.
+
+    reward: float32, 0 at reset. is_last: the episode ends with this observation, for whatever reason.
+    is_terminal: it ends because no further reward can follow (not because of a time limit).
+    """
+
+    obs: dict[str, Any]
+    reward: Any
+    is_last: Any
+    is_terminal: Any
+
+
+class JaxEnv(NamedTuple):
+    """ONE environment written in JAX, pure functions, no batch axis, no auto-reset (the collector resets).
+
+    reset(key) -> (state, TimeStep); step(state, action [A] float32, key) -> (state, TimeStep).
+    """
+
+    spec: EnvSpec
+    reset: Callable[[Array], tuple[State, TimeStep]]
+    step: Callable[[State, Array, Array], tuple[State, TimeStep]]
+
+
+class HostEnv(Protocol):
+    """ONE environment in Python (numpy in, numpy out), no auto-reset (the collector resets)."""
+
+    spec: EnvSpec
+
+    def reset(self) -> TimeStep: ...
+
+    def step(self, action: np.ndarray) -> TimeStep: ...
+
+    def get_state(self) -> dict[str, np.ndarray]:
+        """The whole state (simulator, task, random streams) as arrays, so that a run can be resumed."""
+        ...
+
+    def set_state(self, state: dict[str, np.ndarray]) -> None: ...
+
+    def render(self, height: int, width: int) -> np.ndarray:
+        """One uint8 RGB frame [height, width, 3]; raises RuntimeError with one sentence without GL."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Transition(NamedTuple):
+    """One stored step of each environment, [E, ...]. A Trajectory has the same fields with [T, B, ...].
+
+    ``action[t]`` is the action that LED TO ``obs[t]`` (zeros where ``is_first[t]``); ``reward[t]`` was
+    received on arrival at ``obs[t]``. latent: the acting latent state after ``obs[t]`` when replay stores
+    latents for context, else the empty tuple.
+    """
+
+    obs: dict[str, Array]
+    action: Array
+    reward: Array
+    is_first: Array
+    is_last: Array
+    is_terminal: Array
+    latent: PyTree = ()
+
+
+Trajectory = Transition
+
+
+class Starts(NamedTuple):
+    """Where imagination begins: ``states`` with leading axes, and a read-only ``ctx`` that all share.
+
+    ctx is () for recurrent models; attention models keep keys and values of the observed sequence there,
+    so that it is never carried through a scan nor repeated per start.
+    """
+
+    ctx: PyTree
+    states: State
+
+
+class Observed(NamedTuple):
+    """Result of ``WorldModel.observe`` on a trajectory [T, B].
+
+    state: the carry after the last step [B]. starts: one start per posterior, states [T, B].
+    features: [T, B, F]. losses: {name: [T, B]}, unscaled. metrics: {name: scalar}.
+    """
+
+    state: State
+    starts: Starts
+    features: Array
+    losses: dict[str, Array]
+    metrics: Metrics
+
+
+class Prediction(NamedTuple):
+    """What a model says of a state. reward: expected reward on ARRIVAL at the state [...];
+    cont: discount times the probability that the episode continues [...]; uncertainty: named scalars [...].
+    """
+
+    reward: Array
+    cont: Array
+    uncertainty: dict[str, Array]
+
+
+class WorldModel(NamedTuple):
+    """A world model. Leading axes written ``...`` may be any number of axes.
+
+    init(key) -> params
+    init_state(params, batch) -> state [batch]
+    observe(params, state [B], traj [T, B], keys [T]) -> Observed; parallel over T or a scan, as it likes
+    observe_step(params, state [B], prev_action, obs, is_first, key) -> state [B]; O(1) in the history
+    starts(params, state [B]) -> Starts; from an acting state, for planning
+    imagine_init(params, starts, horizon) -> state; identity, or allocates a suffix cache
+    imagine_step(params, ctx, state [...], action [..., A], key) -> state [...]
+    predict(params, state [...]) -> Prediction; separate from imagine_step so that a rollout evaluates the
+        heads once for all steps in one large matmul, not once per step
+    features(params, state [...]) -> [..., F]; what actor, critic and planner read
+    decode(params, features [..., F]) -> {obs key: distribution} or None
+    param_groups() -> {path pattern: {"lr_scale": float, "weight_decay": float}}
+    """
+
+    init: Callable[..., Params]
+    init_state: Callable[..., State]
+    observe: Callable[..., Observed]
+    observe_step: Callable[..., State]
+    starts: Callable[..., Starts]
+    imagine_init: Callable[..., State]
+    imagine_step: Callable[..., State]
+    predict: Callable[..., Prediction]
+    features: Callable[..., Array]
+    decode: Callable[..., dict[str, Any] | None]
+    param_groups: Callable[[], dict[str, dict[str, float]]]
+
+
+class Agent(NamedTuple):
+    """An agent. ``train`` is everything that learns, ``actor`` what acting carries per environment.
+
+    init(key) -> train
+    init_actor(train, batch) -> actor [batch]
+    act(train, actor [E], obs {key: [E, ...]}, is_first [E], key, mode) -> (action [E, A], actor, info);
+        mode is the static string "train" (explore) or "eval" (deterministic given the key);
+        info["latent"] is what replay stores where latents serve as context
+    update(train, traj [T, B], key) -> (train, UpdateInfo); ONE gradient step
+    """
+
+    init: Callable[..., PyTree]
+    init_actor: Callable[..., PyTree]
+    act: Callable[..., tuple[Array, PyTree, dict[str, Any]]]
+    update: Callable[..., tuple[PyTree, UpdateInfo]]
+
+
+class UpdateInfo(NamedTuple):
+    """metrics: {name: scalar}. latent: fresh posteriors [T, B, ...] to write back into replay, or ()."""
+
+    metrics: Metrics
+    latent: PyTree = ()

@@ -1,0 +1,158 @@
+"""Recurrent state-space model: block GRU and categorical latents (DreamerV3, arXiv 2301.04104)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mbrl import latent_model
+from mbrl.distributions import OneHot, one_hot
+from mbrl.latent_model import Backbone, LatentConfig
+from mbrl.networks import MLP, BlockLinear, Dense, Linear, RMSNorm
+from mbrl.types import Array, EnvSpec, Starts, WorldModel
+
+
+@dataclass(frozen=True)
+class RSSMConfig(LatentConfig):
+    """Sizes of the recurrent state-space model."""
+
+    deter: int = 8192
+    """Width of the deterministic state h (D), a multiple of blocks."""
+    hidden: int = 1024
+    """Width of the hidden layers of recurrence, prior and posterior."""
+    blocks: int = 8
+    """Blocks of the block-diagonal GRU (g)."""
+    dyn_layers: int = 1
+    """Block-linear layers before the GRU gates."""
+    prior_layers: int = 2
+    """Hidden layers of the prior p(z|h)."""
+    post_layers: int = 1
+    """Hidden layers of the posterior q(z|h,x)."""
+
+
+class RSSM(nn.Module):
+    """Parameters and single-step maps; the scans are in `make`. State: deter [..., D], stoch [..., S, C]."""
+
+    config: RSSMConfig
+
+    def setup(self):
+        c = self.config
+        self.in_deter = Dense(c.hidden)
+        self.in_stoch = Dense(c.hidden)
+        self.in_action = Dense(c.hidden)
+        self.dyn = [BlockLinear(c.deter, c.blocks) for _ in range(c.dyn_layers)]
+        self.dyn_norm = [RMSNorm() for _ in range(c.dyn_layers)]
+        self.gates = BlockLinear(3 * c.deter, c.blocks)
+        self.prior_net = MLP(c.prior_layers, c.hidden, c.stoch * c.classes)
+        self.post_net = MLP(c.post_layers, c.hidden, c.stoch * c.classes)
+
+    def embed_action(self, action: Array) -> Array:
+        """Embedding of the action, scaled elementwise into [-1, 1] (a policy's sample may exceed it)."""
+        action = action / jax.lax.stop_gradient(jnp.maximum(1.0, jnp.abs(action)))
+        return self.in_action(action.astype(self.config.dtype))
+
+    def core(self, deter: Array, stoch: Array, embedded_action: Array) -> Array:
+        """h' = block GRU(h, z, a). Each block sees its own slice of h and all of the three embeddings."""
+        c, g = self.config, self.config.blocks
+        inputs = [self.in_deter(deter), self.in_stoch(_flat(stoch)), embedded_action]
+        if g == 1:
+            x = jnp.concatenate([deter, *inputs], -1)
+        else:
+            shared = jnp.concatenate(inputs, -1)[..., None, :]
+            shared = jnp.broadcast_to(shared, (*shared.shape[:-2], g, shared.shape[-1]))
+            x = jnp.concatenate([deter.reshape(*deter.shape[:-1], g, -1), shared], -1)
+            x = x.reshape(*x.shape[:-2], -1)
+        for linear, norm in zip(self.dyn, self.dyn_norm, strict=True):
+            x = nn.silu(norm(linear(x)))
+        gates = self.gates(x).reshape(*x.shape[:-1], g, 3, c.deter // g)
+        reset, cand, update = (gates[..., i, :].reshape(deter.shape) for i in range(3))
+        cand = jnp.tanh(jax.nn.sigmoid(reset) * cand)
+        update = jax.nn.sigmoid(update - 1)
+        return update * cand + (1 - update) * deter
+
+    def prior(self, deter: Array) -> OneHot:
+        return self._latent(self.prior_net(deter))
+
+    def posterior(self, deter: Array, token: Array) -> OneHot:
+        return self._latent(self.post_net(jnp.concatenate([deter, token], -1)))
+
+    def _latent(self, logits: Array) -> OneHot:
+        c = self.config
+        return one_hot(logits.reshape(*logits.shape[:-1], c.stoch, c.classes), c.unimix)
+
+    def everything(self, deter, stoch, action, token):
+        """Touches every parameter once, for initialisation."""
+        deter = self.core(deter, stoch, self.embed_action(action))
+        return self.prior(deter), self.posterior(deter, token)
+
+
+def _flat(stoch: Array) -> Array:
+    return stoch.reshape(*stoch.shape[:-2], -1)
+
+
+def make(config: RSSMConfig, spec: EnvSpec) -> WorldModel:
+    """RSSM world model for the observations and actions of ``spec``."""
+    return latent_model.make(config, spec, backbone(config, spec.action.size))
+
+
+def backbone(config: RSSMConfig, action_size: int) -> Backbone:
+    """The recurrence alone, on encoded observations."""
+    module, dtype = RSSM(config), jnp.dtype(config.dtype)
+
+    def call(params, method, *args):
+        return module.apply({"params": params}, *args, method=method)
+
+    def init_state(params, batch):
+        return {
+            "deter": jnp.zeros((batch, config.deter), dtype),
+            "stoch": jnp.zeros((batch, config.stoch, config.classes), dtype),
+        }
+
+    def init(key):
+        state = init_state(None, 1)
+        action, token = jnp.zeros((1, action_size)), jnp.zeros((1, config.units), dtype)
+        return module.init(key, state["deter"], state["stoch"], action, token, method="everything")["params"]
+
+    def advance(params, state, embedded, token, is_first, key):
+        """One posterior step from an embedded action; ``is_first`` clears the memory."""
+        keep = 1.0 - is_first.astype(dtype)
+        deter, stoch = state["deter"] * keep[:, None], state["stoch"] * keep[:, None, None]
+        deter = call(params, "core", deter, stoch, embedded)
+        post = call(params, "posterior", deter, token)
+        return {"deter": deter, "stoch": post.sample(key).astype(dtype)}, post
+
+    def embed(params, action, is_first):
+        return call(params, "embed_action", action * (1.0 - is_first.astype(action.dtype))[..., None])
+
+    def step(params, state, token, action, is_first, key):
+        return advance(params, state, embed(params, action, is_first), token, is_first, key)[0]
+
+    def observe(params, state, token, action, is_first, keys):
+        embedded = embed(params, action, is_first)
+
+        def body(state, inputs):
+            state, post = advance(params, state, *inputs)
+            return state, (state, post)
+
+        state, (states, post) = jax.lax.scan(body, state, (embedded, token, is_first, keys))
+        return state, Starts((), states), post, call(params, "prior", states["deter"])
+
+    def imagine_step(params, ctx, state, action, key):
+        deter = call(params, "core", state["deter"], state["stoch"], call(params, "embed_action", action))
+        return {"deter": deter, "stoch": call(params, "prior", deter).sample(key).astype(dtype)}
+
+    return Backbone(
+        init=init,
+        init_state=init_state,
+        observe=observe,
+        step=step,
+        starts=lambda params, state: Starts((), state),
+        imagine_init=lambda params, starts, horizon: starts.states,
+        imagine_step=imagine_step,
+        features=lambda params, state: jnp.concatenate([state["deter"], _flat(state["stoch"])], -1),
+        feature_size=config.deter + config.stoch * config.classes,
+        param_groups=dict,
+    )
