@@ -8,7 +8,6 @@ With no flags: cartpole_swingup with the preset that suits this machine.
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -95,14 +94,13 @@ def parse(argv: Sequence[str]) -> Config:
 
 def resumed_config(argv: Sequence[str], run_dir: str) -> Config:
     """The stored config; flags may repeat it but not change it."""
-    path = RunFolder.config_of(run_dir)
-    stored = path["config"]
+    stored = RunFolder.config_of(run_dir)["config"]
     use_cpu_devices(stored["num_seeds"])
     config = override(default_config(stored["preset"], stored["world_model"]), stored)
     config = dataclasses.replace(config, run_dir=run_dir, resume=True)
     given = tyro.cli(Config, args=argv, default=config)
     if changed := differences(config, given):
-        raise UserError(f"--resume continues a run as it was started, but {changed[0]} differs from its config")
+        raise UserError(f"--resume continues a run as it was started, but {changed[0]} differs from it")
     return config
 
 

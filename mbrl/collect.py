@@ -112,19 +112,17 @@ class HostCollector:
 
     def __init__(self, pool: HostPool, num_seeds: int, num_envs: int):
         self.pool, self.shape = pool, (num_seeds, num_envs)
-        self.carry: EnvCarry | None = None
+        self._carry: EnvCarry | None = None
 
     def _step(self, action: np.ndarray, reset: np.ndarray) -> TimeStep:
         flat = self.pool.step(action.reshape(-1, action.shape[-1]), reset.reshape(-1))
         return jax.tree.map(lambda x: x.reshape(*self.shape, *x.shape[1:]), flat)
 
-    def begin(self) -> None:
+    def begin(self) -> EnvCarry:
         """Resets every environment."""
         zeros = np.zeros((*self.shape, self.pool.spec.action.size), np.float32)
         timestep = self._step(zeros, np.ones(self.shape, bool))
-        self.carry = EnvCarry(
-            (), timestep, np.ones(self.shape, bool), zeros, np.zeros(self.shape, np.float32)
-        )
+        return EnvCarry((), timestep, np.ones(self.shape, bool), zeros, np.zeros(self.shape, np.float32))
 
     def collect(self, act, actor, num_steps: int):
         """``act(actor, obs, is_first, i) -> (action, actor, latent)`` is the compiled policy of step i.
@@ -132,9 +130,7 @@ class HostCollector:
         Returns (actor, rows, latents, Episodes): rows are numpy [S, num_steps, E, ...] without latents,
         which stay on the device, one entry per step.
         """
-        if self.carry is None:
-            self.begin()
-        carry, rows, latents, episodes = self.carry, [], [], []
+        carry, rows, latents, episodes = self._carry or self.begin(), [], [], []
         for i in range(num_steps):
             action, actor, latent = act(actor, carry.timestep.obs, carry.is_first, i)
             rows.append(make_row(carry, ()))
@@ -149,20 +145,18 @@ class HostCollector:
                 np.where(ended[..., None], np.float32(0), action),
                 np.where(ended, np.float32(0), carry.episode_return) + timestep.reward,
             )
-        self.carry = carry
+        self._carry = carry
         stacked = jax.tree.map(lambda *xs: np.stack(xs, 1), *rows)
         return actor, stacked, latents, jax.tree.map(lambda *xs: np.sum(xs, 0), *episodes)
 
     def get_state(self) -> dict[str, np.ndarray]:
         """Everything that the next step depends on, as arrays."""
-        assert self.carry is not None, "collect before saving"
-        leaves = jax.tree.leaves(self.carry)
+        leaves = jax.tree.leaves(self._carry)
         return {f"carry/{i}": x for i, x in enumerate(leaves)} | {
             f"pool/{k}": v for k, v in self.pool.get_state().items()
         }
 
     def set_state(self, state: dict[str, np.ndarray]) -> None:
-        self.begin()
-        tree = jax.tree.structure(self.carry)
-        self.carry = jax.tree.unflatten(tree, [state[f"carry/{i}"] for i in range(tree.num_leaves)])
+        tree = jax.tree.structure(self.begin())
+        self._carry = jax.tree.unflatten(tree, [state[f"carry/{i}"] for i in range(tree.num_leaves)])
         self.pool.set_state({k[5:]: v for k, v in state.items() if k.startswith("pool/")})

@@ -14,13 +14,17 @@ from mbrl.seeds import Seeds
 from mbrl.types import EnvSpec, HostEnv, JaxEnv
 
 
+def _no_host(seed: int) -> HostEnv:
+    raise ValueError("this environment lives on the device: it has no host version")
+
+
 class Source(NamedTuple):
     """Where experience comes from. env: one JAX environment, or None; make_host(seed) -> one host
     environment, used when env is None."""
 
     spec: EnvSpec
     env: JaxEnv | None = None
-    make_host: Callable[[int], HostEnv] | None = None
+    make_host: Callable[[int], HostEnv] = _no_host
 
 
 class DeviceDriver:

@@ -12,11 +12,14 @@ from mbrl.envs.pool import HostPool
 from mbrl.seeds import Seeds
 from mbrl.types import Agent, JaxEnv
 
+MAX_STEPS = 1000
+"""Agent steps after which the evaluation of an environment without a time limit ends."""
 
-def make_device(
-    agent: Agent, env: JaxEnv, seeds: Seeds, episodes: int, max_steps: int
-) -> Callable[..., np.ndarray]:
+
+def make_device(agent: Agent, env: JaxEnv, seeds: Seeds, episodes: int) -> Callable[..., np.ndarray]:
     """``evaluate(train, keys) -> returns [S, episodes]``; one program, ``episodes`` environments per seed."""
+
+    max_steps = env.spec.max_steps or MAX_STEPS
 
     def one_seed(train, key):
         reset_key, loop_key = jax.random.split(key)
@@ -32,7 +35,14 @@ def make_device(
             done = done | timestep.is_last
             return (state, timestep, actor, jnp.zeros_like(first), done, returns), None
 
-        carry = (state, timestep, actor, jnp.ones(episodes, bool), jnp.zeros(episodes, bool), jnp.zeros(episodes))
+        carry = (
+            state,
+            timestep,
+            actor,
+            jnp.ones(episodes, bool),
+            jnp.zeros(episodes, bool),
+            jnp.zeros(episodes),
+        )
         carry, _ = jax.lax.scan(body, carry, jax.random.split(loop_key, max_steps))
         return carry[-1]
 
@@ -54,12 +64,13 @@ def make_host(agent: Agent, pool: HostPool, seeds: Seeds, episodes: int) -> Call
 
     def evaluate(train, keys) -> np.ndarray:
         pool.set_state(start)  # the same start states at every evaluation
-        batch = lambda x: x.reshape(*shape, *x.shape[1:])  # noqa: E731
+        batch = lambda x: x.reshape(*shape, *x.shape[1:])
         actor, first = init_actor(train), np.ones(shape, bool)
         action = np.zeros((*shape, pool.spec.action.size), np.float32)
         timestep = jax.tree.map(batch, pool.step(action.reshape(-1, action.shape[-1]), first.reshape(-1)))
         returns, done, step = np.zeros(shape), np.zeros(shape, bool), 0
-        while not done.all():
+        limit = pool.spec.max_steps or MAX_STEPS
+        while not done.all() and step <= limit:
             action, actor = program(train, actor, timestep.obs, first, keys, step)
             flat = np.asarray(action).reshape(-1, action.shape[-1])
             # An episode that is over is reset and goes on uncounted, so that the batch keeps its shape.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from mbrl.distributions import Bernoulli, OneHot, SymlogMSE, one_hot, two_hot
 from mbrl.losses import kl_losses
-from mbrl.networks import MLP, Linear, flatten_obs
+from mbrl.networks import MLP, Linear, apply, flatten_obs
 from mbrl.types import Array, EnvSpec, Observed, Prediction, Starts, Trajectory, WorldModel
 
 
@@ -101,21 +101,21 @@ def make(config: LatentConfig, spec: EnvSpec, backbone: Backbone) -> WorldModel:
         "cont": MLP(config.head_layers, config.units, 1),
     }
 
-    def apply(name, params, x):
-        return modules[name].apply({"params": params[name]}, x.astype(dtype))
+    def call(name, params, x):
+        return apply(modules[name], params[name], x.astype(dtype))
 
     def encode(params, obs):
-        return apply("encoder", params, flatten_obs(obs, spec.obs, dtype))
+        return call("encoder", params, flatten_obs(obs, spec.obs, dtype))
 
     def reward_dist(params, features):
-        return two_hot(apply("reward", params, features), config.bin_limit)
+        return two_hot(call("reward", params, features), config.bin_limit)
 
     def cont_dist(params, features):
-        return Bernoulli(apply("cont", params, features)[..., 0].astype(jnp.float32))
+        return Bernoulli(call("cont", params, features)[..., 0].astype(jnp.float32))
 
     def decode(params, features):
         dists = {}
-        for key, out in apply("decoder", params, features).items():
+        for key, out in call("decoder", params, features).items():
             entry, out = spec.obs[key], out.astype(jnp.float32)
             if entry.classes is None:
                 dists[key] = SymlogMSE(out)
@@ -133,9 +133,9 @@ def make(config: LatentConfig, spec: EnvSpec, backbone: Backbone) -> WorldModel:
         keys = dict(zip([*modules, "backbone"], jax.random.split(key, len(modules) + 1), strict=True))
         features = jnp.zeros((1, backbone.feature_size), dtype)
         params = {
-            name: module.init(
-                keys[name], jnp.zeros((1, obs_size), dtype) if name == "encoder" else features
-            )["params"]
+            name: module.init(keys[name], jnp.zeros((1, obs_size), dtype) if name == "encoder" else features)[
+                "params"
+            ]
             for name, module in modules.items()
         }
         return {**params, "backbone": backbone.init(keys["backbone"])}

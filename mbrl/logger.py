@@ -32,15 +32,15 @@ class Logger:
     row: rows are written when a later step is logged, and by ``flush`` and ``close``. Call ``flush`` before a
     checkpoint is saved.
 
-    folder: the run folder. num_seeds: S. tensorboard: False writes no events. When the disk is full there is
-    one warning and the rows are lost; the run goes on and the file stays readable.
+    folder: the run folder. seeds: the members' integers [S]. tensorboard: False writes no events. When the
+    disk is full there is one warning and the rows are lost; the run goes on and the file stays readable.
     """
 
-    def __init__(self, folder: str | os.PathLike, num_seeds: int, tensorboard: bool = True):
+    def __init__(self, folder: str | os.PathLike, seeds: Sequence[int], tensorboard: bool = True):
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
         self.path = root / "metrics.jsonl"
-        self.num_seeds = num_seeds
+        self.seeds, self.num_seeds = list(seeds), len(seeds)
         self._tensorboard = root / "tensorboard" if tensorboard else None
         self._writers: list[Any] | None = None
         self._purge_step: int | None = None
@@ -64,7 +64,7 @@ class Logger:
             self.flush()
             self._step = step
         if not self._rows:
-            self._rows = [{"step": step, "seed": seed} for seed in range(self.num_seeds)]
+            self._rows = [{"step": step, "seed": seed} for seed in self.seeds]
         for seed, row in enumerate(self._rows):
             row.update({name: column[seed] for name, column in columns.items()})
         self._log_tensorboard(step, columns)
@@ -134,7 +134,7 @@ class Logger:
         if self._writers is None:
             from tensorboardX import SummaryWriter  # here, because it loads protobuf
 
-            names = [f"seed_{seed}" for seed in range(self.num_seeds)] + ["mean"] * (self.num_seeds > 1)
+            names = [f"seed_{seed}" for seed in self.seeds] + ["mean"] * (self.num_seeds > 1)
             self._writers = [
                 SummaryWriter(str(self._tensorboard / name), purge_step=self._purge_step, flush_secs=10)
                 for name in names
@@ -267,12 +267,10 @@ class Progress:
 
 def _make_bar(console: Console, total: int, start: int) -> progress.Progress:
     bar = progress.Progress(
-        progress.TextColumn("{task.completed:,.0f}/{task.total:,.0f} steps"),
+        # Two lines, so that everything fits a terminal of 80 columns beside the bar.
+        progress.TextColumn("{task.completed:,.0f}/{task.total:,.0f} steps\n{task.fields[eta]}"),
         progress.BarColumn(bar_width=None),
-        progress.TextColumn("[bold]{task.fields[returns]}"),
-        progress.TextColumn("{task.fields[rates]}"),
-        progress.TimeElapsedColumn(),
-        progress.TextColumn("{task.fields[eta]}"),
+        progress.TextColumn("[bold]{task.fields[returns]}[/]\n{task.fields[rates]}"),
         console=console,
         refresh_per_second=4,  # it shares the cores with the training
         expand=True,

@@ -102,6 +102,6 @@ def replay_returns(
     discount: float,
     lam: float,
 ) -> Float[Array, "T-1 *batch"]:
-    """lambda-returns of REPLAYED states: real rewards, traces cut at ``is_last``, value 0 beyond a terminal."""
+    """lambda-returns of REPLAYED states: real rewards, cut at ``is_last``, value 0 beyond a terminal."""
     cont = discount * (1.0 - is_terminal.astype(jnp.float32))
     return lambda_return(reward, cont, bootstrap, lam * (1.0 - is_last.astype(jnp.float32)))

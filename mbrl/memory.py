@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +30,6 @@ def available_bytes() -> int | None:
     if all(s and "bytes_limit" in s for s in stats):
         return sum(s["bytes_limit"] - s.get("bytes_in_use", 0) for s in stats)
     try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         with open("/proc/meminfo") as file:
             lines = dict(line.split(":", 1) for line in file)
         return int(lines["MemAvailable"].split()[0]) * 1024
@@ -57,7 +55,10 @@ def check_memory(state: RunState, say: Callable[[str], None]) -> None:
     parts, available = plan(state), available_bytes()
     total = sum(parts.values())
     text = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
-    say(f"memory: {_size(total)} before activations ({text})" + (f" of {_size(available)}" if available else ""))
+    say(
+        f"memory: {_size(total)} before activations ({text})"
+        + (f" of {_size(available)}" if available else "")
+    )
     if available is not None and total > available:
         name = max(parts, key=lambda k: parts[k])
         raise UserError(

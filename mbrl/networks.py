@@ -16,6 +16,11 @@ from mbrl.types import ArraySpec
 TRUNCATED_STD = 0.87962566
 
 
+def apply(module: nn.Module, params: Any, *args: Any, method: str | None = None) -> Any:
+    """``module`` as a pure function of its parameters."""
+    return module.apply({"params": params}, *args, method=method)
+
+
 def symlog(x: Array) -> Array:
     """sign(x) log(1 + |x|): compresses magnitude, identity near zero (DreamerV3 eq. 9)."""
     return jnp.sign(x) * jnp.log1p(jnp.abs(x))
@@ -116,7 +121,7 @@ class MLP(nn.Module):
 def flatten_obs(
     obs: dict[str, Any], spec: dict[str, ArraySpec], dtype: Any = jnp.float32
 ) -> Float[Array, "*batch i"]:
-    """Concatenates vector observations, sorted by key: symlog of continuous ones, one-hot of discrete ones."""
+    """Concatenates vector observations, sorted by key: symlog if continuous, one-hot if discrete."""
     parts = []
     for key in sorted(spec):
         entry, value = spec[key], obs[key]

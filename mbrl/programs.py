@@ -107,8 +107,8 @@ def make_clock(config: LoopConfig, steps: int, length: int) -> Clock:
     rows = config.collect_steps or fewest * ceil(8 / fewest)
     if (rows * ratio) % (per_update * scale):
         raise UserError(
-            f"loop.train_ratio {config.train_ratio:g} with {config.num_envs} environments, loop.collect_steps "
-            f"{rows} and batches of {config.batch_size} x {config.batch_length} gives "
+            f"loop.train_ratio {config.train_ratio:g} with {config.num_envs} environments, "
+            f"loop.collect_steps {rows} and batches of {config.batch_size} x {config.batch_length} gives "
             f"{rows * ratio / scale / per_update:g} updates per iteration, it must be whole: "
             f"use a multiple of {fewest} as loop.collect_steps"
         )
@@ -185,14 +185,12 @@ def update_loop(agent: Agent, replay: Replay, state: RunState, key: Array, updat
         accept = good & ~health.frozen
         train = jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, train)
         if jax.tree.leaves(info.latent):
-            kept = jax.tree.map(
-                lambda new, old: jnp.where(accept, new, old[-new.shape[0] :]), info.latent, sampled.traj.latent
-            )
+            stored = jax.tree.map(lambda old, new: old[-new.shape[0] :], sampled.traj.latent, info.latent)
+            kept = jax.tree.map(lambda new, old: jnp.where(accept, new, old), info.latent, stored)
             ring = replay.write_latent(ring, sampled, kept)
         consecutive = jnp.where(good, 0, health.consecutive + 1)
-        health = Health(
-            health.rejected + (~good).astype(jnp.int32), consecutive, health.frozen | (consecutive >= freeze_after)
-        )
+        frozen = health.frozen | (consecutive >= freeze_after)
+        health = Health(health.rejected + (~good).astype(jnp.int32), consecutive, frozen)
         return (train, ring, health), info.metrics
 
     carry, metrics = jax.lax.scan(
@@ -225,7 +223,13 @@ class Programs(NamedTuple):
 
 
 def make_programs(
-    agent: Agent, replay: Replay, spec: EnvSpec, env: JaxEnv | None, seeds: Seeds, config: LoopConfig, clock: Clock
+    agent: Agent,
+    replay: Replay,
+    spec: EnvSpec,
+    env: JaxEnv | None,
+    seeds: Seeds,
+    config: LoopConfig,
+    clock: Clock,
 ) -> Programs:
     """Programs of one run. env: the JAX environment, or None where environments live on the host."""
     num_envs = config.num_envs
@@ -254,6 +258,7 @@ def make_programs(
         return update_loop(agent, replay, state, key, clock.updates, config.freeze_after)
 
     def collect(state: RunState, key, iteration, explore):
+        assert env is not None
         actor, carry, rows, episodes = collect_device(
             env, agent, state.train, state.actor, state.env, stream(key, ACT, iteration), clock.rows, explore
         )

@@ -95,9 +95,7 @@ def make(capacity: int, num_envs: int, batch: int, length: int, online: bool = T
             time = sampled.time[-x.shape[0] :]
             return buffer.at[time, sampled.env].set(x.astype(buffer.dtype))
 
-        return state._replace(
-            data=state.data._replace(latent=jax.tree.map(write, state.data.latent, latent))
-        )
+        return state._replace(data=state.data._replace(latent=jax.tree.map(write, state.data.latent, latent)))
 
     return Replay(init, add, sample, write_latent)
 

@@ -51,10 +51,10 @@ class RunFolder:
                     f"run folder {root} already holds a run ({found}): give --resume to continue it, or "
                     "another --run-dir"
                 )
+            record = {**_portable(config), "versions": versions(), "machine": machine(), "commit": commit()}
+            write_json(folder.config_path, record)  # first: a folder whose making failed here is still free
             for directory in (folder.checkpoints, folder.tensorboard, folder.videos):
                 directory.mkdir(exist_ok=True)
-            record = {**_portable(config), "versions": versions(), "machine": machine(), "commit": commit()}
-            write_json(folder.config_path, record)
         except OSError as error:
             folder.close()
             raise UserError(_unwritable(root, error)) from error
@@ -73,8 +73,10 @@ class RunFolder:
         """
         root = Path(path)
         cls.config_of(root)
-        if not any(root.glob("checkpoints/*/manifest.json")):
-            raise UserError(f"--resume found no finished checkpoint in {root}: start a new run")
+        if not any(root.glob("checkpoints/[0-9]*/manifest.json")):
+            raise UserError(
+                f"--resume found no finished checkpoint in {root}: start a new run in another folder"
+            )
         folder = cls(root, _take(root, create=False))
         try:
             for directory in (folder.tensorboard, folder.videos):
@@ -125,13 +127,6 @@ class RunFolder:
     @property
     def videos(self) -> Path:
         return self.path / "videos"
-
-    @staticmethod
-    def config_of(path: str | os.PathLike) -> dict[str, Any]:
-        """``config.json`` of a run folder without taking it; UserError when there is none to read."""
-        if not (Path(path) / "config.json").is_file():
-            raise UserError(f"--resume found no run in {path}: config.json is missing")
-        return RunFolder(Path(path), None).config
 
     @property
     def config(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def use_cpu_devices(num_seeds: int) -> None:
 def use_compilation_cache() -> None:
     """Keeps compiled programs on disk (JAX_COMPILATION_CACHE_DIR, or ~/.cache/mbrl-jax): later runs of the
     same shapes start in seconds."""
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.values.get("jax_compilation_cache_dir"):
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/mbrl-jax/programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 

@@ -57,17 +57,14 @@ def train(
         timer.seconds = meta["seconds"] | {"compile": timer.seconds["compile"] + meta["seconds"]["compile"]}
         driver.set_state(restored.extra)
 
-    due = {
-        "log": clock.every(config.log_every, driver.stride),
-        "evaluate": clock.every(config.eval_every, driver.stride) if config.eval_every else clock.total,
-        "save": clock.every(config.checkpoint_every, driver.stride) if config.checkpoint_every else clock.total,
-    }
+    every = {"log": config.log_every, "evaluate": config.eval_every, "save": config.checkpoint_every}
+    due = {k: clock.every(v, driver.stride) if v else clock.total for k, v in every.items()}
     episodes = Episodes(np.zeros(len(seeds)), np.zeros(len(seeds)))
     latest = np.full(len(seeds), np.nan)
     frozen = np.zeros(len(seeds), bool)
     first_calls = {iteration, max(iteration, clock.prefill)}
     with (
-        Logger(folder, len(seeds)) as logger,
+        Logger(folder, seeds.seeds) as logger,
         Progress(clock.total * clock.frames, iteration * clock.frames) as progress,
     ):
         if resume:
@@ -112,8 +109,7 @@ def train(
 def _environments(agent, source: Source, seeds: Seeds, config: LoopConfig, clock: Clock, programs):
     """The driver, and the evaluation function, for either side of the border."""
     if source.env is not None:
-        steps = source.spec.max_steps or 1000
-        evaluate = evaluation.make_device(agent, source.env, seeds, config.eval_episodes, steps)
+        evaluate = evaluation.make_device(agent, source.env, seeds, config.eval_episodes)
         return DeviceDriver(programs, config.chunk), evaluate
     pool = make_pool(source, seeds, config.num_envs, purpose=0)
     eval_pool = make_pool(source, seeds, config.eval_episodes, purpose=1)
@@ -178,9 +174,7 @@ def summarise(evaluations, timer: Timer, updates: int, train, seeds: Seeds) -> d
             "iqm": iqm(per_seed),
             "ci": [low, high],
         },
-        "evaluations": [
-            {"env_steps": step, "per_seed": np.mean(values, 1)} for step, values in evaluations
-        ],
+        "evaluations": [{"env_steps": step, "per_seed": np.mean(values, 1)} for step, values in evaluations],
     }
 
 
@@ -193,7 +187,7 @@ def finish(folder: RunFolder, summary: dict[str, Any], task: str, title: str) ->
         [(e["env_steps"], e["per_seed"][i]) for e in summary["evaluations"]] for i in range(len(seeds))
     ]
     rows = [row for row in read_metrics(folder) if row.get("episode_return") is not None]
-    training = [[(r["step"], r["episode_return"]) for r in rows if r["seed"] == i] for i in range(len(seeds))]
+    training = [[(r["step"], r["episode_return"]) for r in rows if r["seed"] == seed] for seed in seeds]
     plots.save_curve(folder.curve, evaluations, training, published.curve(task), title)
     score = published.score_at(task, summary["env_steps"])
     returns, wall = summary["eval_return"]["episodes"], summary["wall_seconds"]

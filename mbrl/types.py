@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -80,6 +80,7 @@ class JaxEnv(NamedTuple):
     step: Callable[[State, Array, Array], tuple[State, TimeStep]]
 
 
+@runtime_checkable
 class HostEnv(Protocol):
     """ONE environment in Python (numpy in, numpy out), no auto-reset (the collector resets)."""
 

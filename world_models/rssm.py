@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from mbrl import latent_model
 from mbrl.distributions import OneHot, one_hot
 from mbrl.latent_model import Backbone, LatentConfig
-from mbrl.networks import MLP, BlockLinear, Dense, Linear, RMSNorm
+from mbrl.networks import MLP, BlockLinear, Dense, RMSNorm, apply
 from mbrl.types import Array, EnvSpec, Starts, WorldModel
 
 
@@ -103,7 +103,7 @@ def backbone(config: RSSMConfig, action_size: int) -> Backbone:
     module, dtype = RSSM(config), jnp.dtype(config.dtype)
 
     def call(params, method, *args):
-        return module.apply({"params": params}, *args, method=method)
+        return apply(module, params, *args, method=method)
 
     def init_state(params, batch):
         return {

@@ -12,7 +12,7 @@ import optax
 from mbrl import losses, optimisers
 from mbrl.distributions import bounded_normal, one_hot, two_hot
 from mbrl.imagination import rollout
-from mbrl.networks import MLP
+from mbrl.networks import MLP, apply
 from mbrl.optimisers import OptimiserConfig
 from mbrl.types import Agent, Array, EnvSpec, Starts, Trajectory, UpdateInfo, WorldModel
 
@@ -111,11 +111,11 @@ def make(
     scales = {k: getattr(config, f"scale_{k}") for k in ("rec", "reward", "cont", "dyn", "rep")}
 
     def policy(params, features):
-        out = actor.apply({"params": params}, features)
+        out = apply(actor, params, features)
         return one_hot(out) if discrete else bounded_normal(out)
 
     def value(params, features):
-        return two_hot(critic.apply({"params": params}, features), config.bin_limit)
+        return two_hot(apply(critic, params, features), config.bin_limit)
 
     def init(key) -> TrainState:
         model_key, actor_key, critic_key = jax.random.split(key, 3)
@@ -123,7 +123,7 @@ def make(
         features = model.features(params["model"], model.init_state(params["model"], 1))
         params["actor"] = actor.init(actor_key, features)["params"]
         params["critic"] = critic.init(critic_key, features)["params"]
-        copy = lambda tree: jax.tree.map(jnp.copy, tree)  # noqa: E731
+        copy = lambda tree: jax.tree.map(jnp.copy, tree)
         return TrainState(
             params=params,
             slow=copy(params["critic"]),
@@ -210,7 +210,7 @@ def make(
 
     def replay_value_loss(params, train: TrainState, traj: Trajectory, features, start_returns):
         """Critic on replayed states; its gradient reaches the world model through ``features``."""
-        last = lambda x: x[-config.imag_last :]  # noqa: E731
+        last = lambda x: x[-config.imag_last :]
         features, traj = last(features), jax.tree.map(last, traj)
         current = value(params["critic"], features)
         if config.replay_bootstrap == "imagined":
@@ -250,7 +250,7 @@ def make(
         gradient = jax.grad(total_loss, has_aux=True)
         grads, (norm, metrics, latent) = gradient(train.params, train, traj, key)
         updates, opt = optimiser.update(grads, train.opt, train.params)
-        params = optax.apply_updates(train.params, updates)
+        params: Any = optax.apply_updates(train.params, updates)
         slow = optax.incremental_update(params["critic"], train.slow, config.slow_rate)
         average = train.actor_average
         if config.actor_average:

@@ -40,7 +40,7 @@ def events(folder):
 
 
 def test_one_row_per_step_and_seed(tmp_path):
-    with Logger(tmp_path, 2, tensorboard=False) as logger:
+    with Logger(tmp_path, range(2), tensorboard=False) as logger:
         logger.log(10, {"loss": jnp.array([0.5, 0.25]), "updates": 3})
         logger.log(10, {"eval/return": np.array([1.0, 2.0])})
         logger.log(20, {"loss": jnp.float32(0.1)})
@@ -54,7 +54,7 @@ def test_one_row_per_step_and_seed(tmp_path):
 
 
 def test_rows_are_on_disk_after_flush_and_when_a_later_step_comes(tmp_path):
-    logger = Logger(tmp_path, 1, tensorboard=False)
+    logger = Logger(tmp_path, range(1), tensorboard=False)
     logger.log(1, {"a": 1.0})
     assert lines(tmp_path) == []
     logger.log(2, {"a": 2.0})
@@ -69,7 +69,7 @@ def test_rows_are_on_disk_after_flush_and_when_a_later_step_comes(tmp_path):
 
 
 def test_values_that_are_not_finite_become_null(tmp_path):
-    with Logger(tmp_path, 3) as logger:
+    with Logger(tmp_path, range(3)) as logger:
         logger.log(5, {"loss": np.array([1.0, np.nan, 3.0]), "all": np.inf})
     assert [row["loss"] for row in lines(tmp_path)] == [1.0, None, 3.0]
     assert [row["all"] for row in lines(tmp_path)] == [None] * 3
@@ -79,12 +79,12 @@ def test_values_that_are_not_finite_become_null(tmp_path):
 
 @pytest.mark.parametrize("value", [np.zeros(3), np.zeros((2, 1)), np.zeros(1)])
 def test_wrong_shapes_are_named(tmp_path, value):
-    with Logger(tmp_path, 2, tensorboard=False) as logger, pytest.raises(ValueError, match=r"loss .*\(2,\)"):
+    with Logger(tmp_path, range(2), tensorboard=False) as logger, pytest.raises(ValueError, match=r"loss .*\(2,\)"):
         logger.log(1, {"loss": value})
 
 
 def test_misuse_is_named(tmp_path):
-    with Logger(tmp_path, 1, tensorboard=False) as logger:
+    with Logger(tmp_path, range(1), tensorboard=False) as logger:
         logger.log(5, {"a": 1.0})
         with pytest.raises(ValueError, match="must not decrease"):
             logger.log(4, {"a": 1.0})
@@ -93,7 +93,7 @@ def test_misuse_is_named(tmp_path):
 
 
 def test_readable_after_a_kill_at_any_byte(tmp_path):
-    with Logger(tmp_path, 2, tensorboard=False) as logger:
+    with Logger(tmp_path, range(2), tensorboard=False) as logger:
         for step in (10, 20):
             logger.log(step, {"loss": np.array([0.5, step])})
     whole = (tmp_path / "metrics.jsonl").read_bytes()
@@ -102,7 +102,7 @@ def test_readable_after_a_kill_at_any_byte(tmp_path):
         (tmp_path / "metrics.jsonl").write_bytes(whole[:cut])
         assert read_metrics(tmp_path) == rows[: whole[:cut].count(b"\n")]
         if cut % 7 == 0:
-            with Logger(tmp_path, 2, tensorboard=False) as logger:  # what is torn is not continued
+            with Logger(tmp_path, range(2), tensorboard=False) as logger:  # what is torn is not continued
                 logger.log(30, {"loss": 1.0})
             assert [row["step"] for row in lines(tmp_path)][-2:] == [30, 30]
 
@@ -115,12 +115,12 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
 
 
 def test_resume_has_no_step_twice(tmp_path):
-    with Logger(tmp_path, 2) as logger:
+    with Logger(tmp_path, range(2)) as logger:
         for step in (10, 20, 30, 40):
             logger.log(step, {"loss": np.full(2, step)})
     with open(tmp_path / "metrics.jsonl", "ab") as file:
         file.write(b'{"step": 50, "se')
-    with Logger(tmp_path, 2) as logger:
+    with Logger(tmp_path, range(2)) as logger:
         logger.truncate_to(20)
         for step in (30, 40, 50):
             logger.log(step, {"loss": np.full(2, step + 0.5)})
@@ -131,11 +131,11 @@ def test_resume_has_no_step_twice(tmp_path):
 
 
 def test_tensorboard_has_seeds_and_mean(tmp_path):
-    with Logger(tmp_path, 2) as logger:
+    with Logger(tmp_path, range(2)) as logger:
         logger.log(10, {"loss": np.array([1.0, 3.0])})
     values = {path.name: events(path)[0][("loss", 10)] for path in (tmp_path / "tensorboard").iterdir()}
     assert values == {"seed_0": 1.0, "seed_1": 3.0, "mean": 2.0}
-    with Logger(tmp_path / "alone", 1) as logger:
+    with Logger(tmp_path / "alone", range(1)) as logger:
         logger.log(10, {"loss": 1.0})
     assert [path.name for path in (tmp_path / "alone" / "tensorboard").iterdir()] == ["seed_0"]
 
@@ -161,7 +161,7 @@ class FullDisk:
 
 
 def test_a_full_disk_loses_rows_and_nothing_else(tmp_path):
-    logger = Logger(tmp_path, 1, tensorboard=False)
+    logger = Logger(tmp_path, range(1), tensorboard=False)
     logger.log(1, {"a": 1.0})
     logger.flush()
     disk = logger._file = FullDisk(logger._file)

@@ -120,9 +120,11 @@ def test_a_place_that_refuses_files(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(run_folder, "write_atomic", refuse)
-    with pytest.raises(UserError, match="cannot be written: Read-only file system"):
-        RunFolder.create(tmp_path / "run", {})
+    with monkeypatch.context() as patched:
+        patched.setattr(run_folder, "write_atomic", refuse)
+        with pytest.raises(UserError, match="cannot be written: Read-only file system"):
+            RunFolder.create(tmp_path / "run", {})
+    RunFolder.create(tmp_path / "run", {}).close()  # nothing is left of the attempt that is in the way
 
 
 HOLD = """
