@@ -23,11 +23,12 @@ from mbrl.config import choose, config_type, differences, early_flags, load_fact
 from mbrl.drivers import Source
 from mbrl.errors import UserError
 from mbrl.latent_model import LatentConfig
+from mbrl.memory import check_memory
 from mbrl.presets import DREAMER as PRESETS
 from mbrl.programs import LoopConfig, make_clock
 from mbrl.run_folder import RunFolder
-from mbrl.seeds import Seeds, use_compilation_cache, use_cpu_devices
-from mbrl.train import finish, train
+from mbrl.seeds import Seeds, use_compilation_cache, use_cpu_devices, use_debugging
+from mbrl.train import Run, finish, train
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Config:
     """Run folder; empty makes a new one under runs/."""
     resume: bool = False
     """Continue the run in run_dir from its newest checkpoint, with the settings stored there."""
+    video: bool = False
+    """Film one episode of the final policy into videos/ of the run folder (dm_control tasks only)."""
     debug: bool = False
     """Run the same code without compiling, one seed: slow, for breakpoints and prints."""
     agent: DreamerConfig = field(default_factory=DreamerConfig)
@@ -119,6 +122,8 @@ def make_source(config: Config) -> Source:
 
 def main(argv: Sequence[str]) -> None:
     config = parse(argv)
+    if config.debug:
+        use_debugging(config.num_seeds)
     make_model = load_factory("--world-model", config.world_model, world_models.REGISTRY)
     source = make_source(config)
     length = config.loop.batch_length + int(config.agent.replay_context)
@@ -126,15 +131,17 @@ def main(argv: Sequence[str]) -> None:
     seeds = Seeds.make(config.seed, config.num_seeds)
     model = make_model(config.model, source.spec)
     agent = dreamer.make(config.agent, source.spec, model, config.model.discount, clock.total_updates)
+    run = Run(agent, source, seeds, config.loop, clock, length)
+    check_memory(run.shapes(), print)
     run_dir = config.run_dir or time.strftime(f"runs/%Y%m%d-%H%M%S-{config.task}-{config.preset}")
     if config.resume:
         folder = RunFolder.open_for_resume(run_dir)
     else:
         folder = RunFolder.create(run_dir, {"config": dataclasses.asdict(config)})
     use_compilation_cache()
-    with folder, jax.disable_jit(config.debug):
+    with folder:
         print(f"{config.task}, {config.world_model} {config.preset}, run folder {folder.path}")
-        summary = train(agent, source, seeds, config.loop, clock, folder, length, config.resume)
+        summary = train(run, folder, config.resume, config.video)
         title = f"{config.task}: Dreamer, {config.world_model}, {config.preset}"
         finish(folder, summary, config.task, title)
 

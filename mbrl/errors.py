@@ -23,3 +23,15 @@ def exit_with(error: BaseException) -> NoReturn:
     message = " ".join(str(error).split())  # one line, whatever the message was assembled from
     print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(getattr(error, "exit_code", USER_ERROR_EXIT_CODE))
+
+
+def check_at_least(field: str, value: float, least: float) -> None:
+    """UserError unless ``value`` is a number of at least ``least``."""
+    if not value >= least:  # also refuses nan
+        raise UserError(f"{field} is {value}, it must be at least {least}")
+
+
+def check_between(field: str, value: float, low: float, high: float) -> None:
+    """UserError unless low <= value <= high."""
+    if not low <= value <= high:
+        raise UserError(f"{field} is {value}, it must lie between {low} and {high}")

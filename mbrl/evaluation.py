@@ -62,7 +62,8 @@ def make_host(agent: Agent, pool: HostPool, seeds: Seeds, episodes: int) -> Call
     program = seeds.program(act, shared=(5,))
     init_actor = seeds.program(lambda train: agent.init_actor(train, episodes))
 
-    def evaluate(train, keys) -> np.ndarray:
+    def evaluate(train, keys, watch: Callable[[], None] | None = None) -> np.ndarray:
+        """watch: called after every step until the first environment's episode ends, to render it."""
         pool.set_state(start)  # the same start states at every evaluation
         batch = lambda x: x.reshape(*shape, *x.shape[1:])
         actor, first = init_actor(train), np.ones(shape, bool)
@@ -76,6 +77,8 @@ def make_host(agent: Agent, pool: HostPool, seeds: Seeds, episodes: int) -> Call
             # An episode that is over is reset and goes on uncounted, so that the batch keeps its shape.
             first = timestep.is_last
             timestep = jax.tree.map(batch, pool.step(flat, first.reshape(-1)))
+            if watch is not None and not done[0, 0]:
+                watch()
             returns += np.where(done, 0.0, timestep.reward)
             done |= timestep.is_last
             step += 1

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mbrl.errors import check_at_least, check_between
+
 PyTree = Any
 
 
@@ -63,7 +65,7 @@ def learning_rate(config: OptimiserConfig, total_updates: int) -> optax.Schedule
     final = config.final_fraction
 
     def schedule(count):
-        warm = jnp.minimum(1.0, count / max(1, config.warmup))
+        warm = jnp.minimum(1.0, count / config.warmup) if config.warmup else 1.0
         x = jnp.clip((count - begin) / length, 0.0, 1.0)
         shape = {"constant": 1.0, "linear": 1.0 - x, "cosine": 0.5 * (1 + jnp.cos(jnp.pi * x))}[config.decay]
         return config.learning_rate * warm * (final + (1 - final) * shape)
@@ -80,6 +82,13 @@ def make(
     ``WorldModel.param_groups`` returns it; the first match wins.
     """
     groups = groups or {}
+    check_at_least("optimiser.learning_rate", config.learning_rate, 0)
+    check_between("optimiser.final_fraction", config.final_fraction, 0, 1)
+    check_between("optimiser.decay_start", config.decay_start, 0, 1)
+    for field in ("beta1", "beta2"):
+        check_between(f"optimiser.{field}", getattr(config, field), 0, 1)
+    for field in ("warmup", "agc", "clip_norm", "eps", "weight_decay"):
+        check_at_least(f"optimiser.{field}", getattr(config, field), 0)
     parts = []
     if config.agc:
         parts.append(adaptive_clip(config.agc))

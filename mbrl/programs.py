@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mbrl.collect import collect_device, init_device, random_action
-from mbrl.errors import UserError
+from mbrl.errors import UserError, check_at_least
 from mbrl.replay import Replay, ReplayState
 from mbrl.seeds import Seeds
 from mbrl.types import Agent, Array, EnvSpec, JaxEnv, PyTree, Transition
@@ -92,12 +92,12 @@ def make_clock(config: LoopConfig, steps: int, length: int) -> Clock:
     Raises UserError where the train ratio gives no whole number of updates, or prefill cannot fill a
     sequence, or the run ends before it learns.
     """
-    for field in ("num_envs", "action_repeat", "batch_size", "batch_length", "chunk", "log_every"):
-        if getattr(config, field) < 1:
-            raise UserError(f"loop.{field} is {getattr(config, field)}, it must be at least 1")
-    for field in ("prefill", "collect_steps", "eval_every", "eval_episodes", "checkpoint_every"):
-        if getattr(config, field) < 0:
-            raise UserError(f"loop.{field} is {getattr(config, field)}, it must not be negative")
+    check_at_least("steps", steps, 1)
+    for field in ("num_envs", "action_repeat", "batch_size", "chunk", "log_every", "eval_episodes"):
+        check_at_least(f"loop.{field}", getattr(config, field), 1)
+    check_at_least("loop.batch_length", config.batch_length, 2)
+    for field in ("prefill", "collect_steps", "eval_every", "checkpoint_every", "freeze_after"):
+        check_at_least(f"loop.{field}", getattr(config, field), 0)
     if not config.train_ratio > 0:
         raise UserError(f"loop.train_ratio is {config.train_ratio}, it must be above 0")
     per_update = config.batch_size * config.batch_length

@@ -12,6 +12,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mbrl.errors import UserError, check_at_least
+
 
 def use_cpu_devices(num_seeds: int) -> None:
     """One virtual CPU device per core, as many as divide the seeds, so that seeds use all cores.
@@ -33,6 +35,13 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+def use_debugging(num_seeds: int) -> None:
+    """Runs every program as plain Python on concrete arrays, so that breakpoints and prints see values."""
+    if num_seeds != 1:
+        raise UserError(f"--debug runs one seed, but num_seeds is {num_seeds}")
+    jax.config.update("jax_disable_jit", True)
+
+
 def _divisor(number: int, limit: int) -> int:
     return max(d for d in range(1, min(number, limit) + 1) if number % d == 0)
 
@@ -47,6 +56,8 @@ class Seeds:
     @classmethod
     def make(cls, seed: int, num_seeds: int) -> Seeds:
         """Members seed, seed + 1, ...; a member's run does not depend on how many run beside it."""
+        check_at_least("num_seeds", num_seeds, 1)
+        check_at_least("seed", seed, 0)
         devices = jax.devices()
         devices = devices[: _divisor(num_seeds, len(devices))]
         return cls(tuple(range(seed, seed + num_seeds)), Mesh(np.array(devices), ("seed",)))
@@ -71,6 +82,9 @@ class Seeds:
         result may reuse. No communication between members.
         """
 
+        if jax.config.values["jax_disable_jit"]:
+            return self._eager(function, shared)
+
         def specs(n):
             return tuple(P() if i in shared else P("seed") for i in range(n))
 
@@ -82,3 +96,12 @@ class Seeds:
             )(*args)
 
         return jax.jit(all_seeds, donate_argnums=donate)
+
+    def _eager(self, function: Callable[..., Any], shared: tuple[int, ...]) -> Callable[..., Any]:
+        """For debugging: plain calls on concrete arrays, one seed, no transformation in the way."""
+
+        def one_seed(*args):
+            first = [a if i in shared else jax.tree.map(lambda x: x[0], a) for i, a in enumerate(args)]
+            return jax.tree.map(lambda x: x[None], function(*first))
+
+        return one_seed

@@ -1,51 +1,59 @@
 """The training loop: one clock for all seeds; collect, store, update; log, evaluate, save when due.
 
-Runs in iterations of `mbrl.programs`. While iteration t computes, the metrics of t-1 are fetched and logged.
+Runs in iterations of `mbrl.programs`. Rows of metrics are fetched while the next iteration computes.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from mbrl import checkpoints, evaluation, plots, published, replay
+from mbrl import video as video_module
 from mbrl.collect import Episodes
 from mbrl.drivers import DeviceDriver, HostDriver, Source, make_pool
 from mbrl.logger import Logger, Progress, read_metrics, results_table
-from mbrl.memory import check_memory
-from mbrl.programs import EVALUATE, Clock, LoopConfig, make_programs, stream
+from mbrl.programs import EVALUATE, Clock, LoopConfig, Programs, RunState, make_programs, stream
 from mbrl.run_folder import RunFolder
 from mbrl.seeds import Seeds
 from mbrl.statistics import bootstrap_interval, iqm
-from mbrl.types import Agent
+from mbrl.types import Agent, HostEnv
 
 
-def train(
-    agent: Agent,
-    source: Source,
-    seeds: Seeds,
-    config: LoopConfig,
-    clock: Clock,
-    folder: RunFolder,
-    length: int,
-    resume: bool = False,
-) -> dict[str, Any]:
-    """Runs a whole run and returns the summary that it also writes to the run folder.
+class Run(NamedTuple):
+    """What a run is made of. length: rows per sampled sequence, batch_length plus one where replay supplies
+    the latent context."""
 
-    length: rows per sampled sequence: batch_length, plus one where replay supplies the latent context.
-    resume: continue from the newest checkpoint of ``folder``.
+    agent: Agent
+    source: Source
+    seeds: Seeds
+    config: LoopConfig
+    clock: Clock
+    length: int
+
+    def programs(self) -> Programs:
+        c = self.config
+        ring = replay.make(self.clock.capacity, c.num_envs, c.batch_size, self.length, c.replay_online)
+        return make_programs(self.agent, ring, self.source.spec, self.source.env, self.seeds, c, self.clock)
+
+    def shapes(self) -> RunState:
+        """The whole state of the run, abstract: nothing is allocated."""
+        return jax.eval_shape(self.programs().init, self.seeds.keys())
+
+
+def train(run: Run, folder: RunFolder, resume: bool = False, video: bool = False) -> dict[str, Any]:
+    """Trains to the end of the clock and returns the summary that it also writes to the run folder.
+
+    resume: continue from the newest checkpoint of ``folder``. video: film one episode of the final policy.
     """
-    timer = Timer()
-    ring = replay.make(clock.capacity, config.num_envs, config.batch_size, length, config.replay_online)
-    programs = make_programs(agent, ring, source.spec, source.env, seeds, config, clock)
-    keys = seeds.keys()
-    check_memory(jax.eval_shape(programs.init, keys), print)
-    driver, evaluate = _environments(agent, source, seeds, config, clock, programs)
+    config, clock, seeds = run.config, run.clock, run.seeds
+    timer, programs, keys = Timer(), run.programs(), seeds.keys()
+    driver, evaluate, filmed = _environments(run, programs)
+    film = filmed if video and _can_film(filmed) else None
     eval_keys = seeds.program(lambda key: stream(key, EVALUATE, 0))(keys)
     with timer("compile"):
         state = jax.block_until_ready(programs.init(keys))
@@ -59,9 +67,6 @@ def train(
 
     every = {"log": config.log_every, "evaluate": config.eval_every, "save": config.checkpoint_every}
     due = {k: clock.every(v, driver.stride) if v else clock.total for k, v in every.items()}
-    episodes = Episodes(np.zeros(len(seeds)), np.zeros(len(seeds)))
-    latest = np.full(len(seeds), np.nan)
-    frozen = np.zeros(len(seeds), bool)
     first_calls = {iteration, max(iteration, clock.prefill)}
     with (
         Logger(folder, seeds.seeds) as logger,
@@ -69,52 +74,105 @@ def train(
     ):
         if resume:
             logger.truncate_to(iteration * clock.frames)
+        monitor = Monitor(seeds, logger, progress)
         while iteration < clock.total:
-            compiling = iteration in first_calls
+            learning, compiling = iteration >= clock.prefill, iteration in first_calls
             with timer("compile" if compiling else "train"):
-                learning = iteration >= clock.prefill
                 state, metrics, ended = driver.advance(state, keys, iteration, learning)
+                monitor.flush()  # the previous rows, while this iteration computes
                 if compiling:
                     jax.block_until_ready(state)
-                iteration += driver.stride
-                frames = iteration * clock.frames
-                episodes = Episodes(*(a + np.asarray(b) for a, b in zip(episodes, ended, strict=True)))
-                if iteration % due["log"] == 0 or iteration == clock.total:
-                    # Fetching waits for this iteration; every other one is left to run behind.
-                    values = {k: np.asarray(v, np.float64) for k, v in (metrics or {}).items()}
-                    values |= _episode_values(episodes)
-                    latest = np.where(episodes.count > 0, values["episode_return"], latest)
-                    episodes = Episodes(np.zeros(len(seeds)), np.zeros(len(seeds)))
-                    frozen = _report_frozen(progress, seeds, frozen, values, frames)
+            iteration += driver.stride
+            frames, end = iteration * clock.frames, iteration == clock.total
             updates = max(0, iteration - clock.prefill) * clock.updates
-            progress.update(frames, latest, updates)
-            if iteration % due["log"] == 0 or iteration == clock.total:
-                logger.log(frames, values | {"updates": updates, "time/train": timer.seconds["train"]})
-            if (learning and iteration % due["evaluate"] == 0) or iteration == clock.total:
+            monitor.add(frames, updates, metrics, ended)
+            close = clock.total - iteration < due["evaluate"] // 2  # the final evaluation says it all
+            if iteration % due["log"] == 0 or end:
+                monitor.request(timer.seconds["train"])
+            if (learning and not close and iteration % due["evaluate"] == 0) or end:
+                with timer("train"):
+                    jax.block_until_ready(state)
+                monitor.flush()
                 with timer("evaluate"):
                     returns = evaluate(state.train, eval_keys)
                 evaluations.append([frames, returns.tolist()])
                 logger.log(frames, {"eval_return": returns.mean(1)})
-                summary = summarise(evaluations, timer, updates, state.train, seeds)
                 progress.say(_evaluation_line(frames, returns, timer))
-                folder.write_summary(summary)
-            if iteration % due["save"] == 0 or iteration == clock.total:
+                folder.write_summary(summarise(evaluations, timer, updates, state.train, seeds))
+            if iteration % due["save"] == 0 or end:
+                monitor.flush()
                 logger.flush()
                 meta = {"iteration": iteration, "evaluations": evaluations, "seconds": timer.seconds}
                 with timer("save"):
                     checkpoints.save(folder.checkpoints, frames, state, driver.get_state(), meta)
-    return summary
+    if film is not None:
+        path = folder.videos / f"{clock.total * clock.frames}.mp4"
+        video_module.record(path, film, lambda watch: evaluate(state.train, eval_keys, watch))
+    return summarise(evaluations, timer, clock.total_updates, state.train, seeds)
 
 
-def _environments(agent, source: Source, seeds: Seeds, config: LoopConfig, clock: Clock, programs):
-    """The driver, and the evaluation function, for either side of the border."""
+def _environments(run: Run, programs: Programs):
+    """The driver, the evaluation function and its first host environment, for either side of the border."""
+    agent, source, seeds, config = run.agent, run.source, run.seeds, run.config
     if source.env is not None:
         evaluate = evaluation.make_device(agent, source.env, seeds, config.eval_episodes)
-        return DeviceDriver(programs, config.chunk), evaluate
+        return DeviceDriver(programs, config.chunk), evaluate, None
     pool = make_pool(source, seeds, config.num_envs, purpose=0)
     eval_pool = make_pool(source, seeds, config.eval_episodes, purpose=1)
     evaluate = evaluation.make_host(agent, eval_pool, seeds, config.eval_episodes)
-    return HostDriver(programs, pool, seeds, config.num_envs, clock.rows), evaluate
+    return HostDriver(programs, pool, seeds, config.num_envs, run.clock.rows), evaluate, eval_pool.envs[0]
+
+
+def _can_film(env: HostEnv | None) -> bool:
+    reason = "video is skipped: only dm_control tasks render" if env is None else video_module.problem(env)
+    if reason:
+        print(reason)
+    return reason is None
+
+
+class Monitor:
+    """Turns what iterations return into rows of metrics, fetched while the next iteration computes."""
+
+    def __init__(self, seeds: Seeds, logger: Logger, progress: Progress):
+        self.seeds, self.logger, self.progress = seeds, logger, progress
+        self.returns = np.full(len(seeds), np.nan)  # of the latest episodes
+        self.frozen = np.zeros(len(seeds), bool)
+        self.now: tuple[int, int, Any] = (0, 0, None)  # frames, updates, metrics
+        self.ended: list[Episodes] = []
+        self.due: tuple[Any, ...] | None = None
+
+    def add(self, frames: int, updates: int, metrics, ended: Episodes) -> None:
+        """The results of an iteration, possibly still being computed."""
+        self.now = (frames, updates, metrics)
+        self.ended.append(ended)
+
+    def request(self, train_seconds: float) -> None:
+        """Asks for a row of the latest iteration."""
+        self.due = (*self.now, self.ended, train_seconds)
+        self.ended = []
+
+    def flush(self) -> None:
+        """Writes the row that was asked for, waiting for its numbers."""
+        if self.due is None:
+            return
+        frames, updates, metrics, ended, train_seconds = self.due
+        self.due = None
+        count = np.sum([np.asarray(e.count) for e in ended], 0)
+        total = np.sum([np.asarray(e.returns) for e in ended], 0)
+        episode_return = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+        self.returns = np.where(count > 0, episode_return, self.returns)
+        values = {name: np.asarray(value, np.float64) for name, value in (metrics or {}).items()}
+        values |= {"episode_return": episode_return, "episodes": count, "updates": updates}
+        self.logger.log(frames, values | {"time/train": train_seconds})
+        self.progress.update(frames, self.returns, updates)
+        self._report_frozen(frames, values.get("frozen", self.frozen) > 0)
+
+    def _report_frozen(self, frames: int, frozen) -> None:
+        for seed in np.array(self.seeds.seeds)[frozen & ~self.frozen]:
+            self.progress.say(
+                f"seed {seed} learns no more from {frames:,} frames: its updates are not finite; others go on"
+            )
+        self.frozen = frozen
 
 
 class Timer:
@@ -129,20 +187,6 @@ class Timer:
         began = time.perf_counter()
         yield
         self.seconds[name] += time.perf_counter() - began
-
-
-def _episode_values(episodes: Episodes) -> dict[str, np.ndarray]:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean = np.where(episodes.count > 0, episodes.returns / episodes.count, np.nan)
-    return {"episode_return": mean, "episodes": episodes.count}
-
-
-def _report_frozen(progress, seeds: Seeds, before, values: Mapping[str, Any], frames: int):
-    """Says once which seeds have stopped learning because their updates were not finite."""
-    now = np.asarray(values.get("frozen", before)) > 0
-    for seed in np.array(seeds.seeds)[now & ~before]:
-        progress.say(f"seed {seed} is frozen at {frames:,} frames: its updates are not finite; others go on")
-    return now
 
 
 def _evaluation_line(frames: int, returns: np.ndarray, timer: Timer) -> str:

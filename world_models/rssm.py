@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from mbrl import latent_model
 from mbrl.distributions import OneHot, one_hot
+from mbrl.errors import UserError, check_at_least
 from mbrl.latent_model import Backbone, LatentConfig
 from mbrl.networks import MLP, BlockLinear, Dense, RMSNorm, apply
 from mbrl.types import Array, EnvSpec, Starts, WorldModel
@@ -100,6 +101,12 @@ def make(config: RSSMConfig, spec: EnvSpec) -> WorldModel:
 
 def backbone(config: RSSMConfig, action_size: int) -> Backbone:
     """The recurrence alone, on encoded observations."""
+    for field in ("deter", "hidden", "blocks"):
+        check_at_least(f"model.{field}", getattr(config, field), 1)
+    if config.deter % config.blocks:
+        raise UserError(
+            f"model.deter is {config.deter}, it must be a multiple of model.blocks, which is {config.blocks}"
+        )
     module, dtype = RSSM(config), jnp.dtype(config.dtype)
 
     def call(params, method, *args):

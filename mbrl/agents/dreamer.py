@@ -11,6 +11,7 @@ import optax
 
 from mbrl import losses, optimisers
 from mbrl.distributions import bounded_normal, one_hot, two_hot
+from mbrl.errors import UserError, check_at_least, check_between
 from mbrl.imagination import rollout
 from mbrl.networks import MLP, apply
 from mbrl.optimisers import OptimiserConfig
@@ -93,6 +94,25 @@ class ActorState(NamedTuple):
     action: Array
 
 
+def check(config: DreamerConfig, spec: EnvSpec) -> None:
+    """UserError for impossible values and combinations."""
+    for name in ("actor_layers", "critic_layers", "units", "horizon"):
+        check_at_least(f"agent.{name}", getattr(config, name), 1)
+    for name in ("imag_last", "imag_starts", "entropy", "bin_limit", "slow_scale", "scale_replay_value"):
+        check_at_least(f"agent.{name}", getattr(config, name), 0)
+    for name in ("lam", "slow_rate", "return_rate", "actor_average"):
+        check_between(f"agent.{name}", getattr(config, name), 0, 1)
+    if config.bins < 3 or config.bins % 2 == 0:
+        raise UserError(f"agent.bins is {config.bins}, it must be odd and at least 3")
+    if config.actor_grad == "dynamics" and spec.action.classes is not None:
+        raise UserError(f"agent.actor_grad is dynamics, but {spec.name} has discrete actions: use reinforce")
+    if config.replay_bootstrap == "imagined" and config.imag_starts:
+        raise UserError(
+            f"agent.replay_bootstrap is imagined, which needs a return of every replayed state, but "
+            f"agent.imag_starts is {config.imag_starts}: set it to 0, or agent.replay_bootstrap to value"
+        )
+
+
 def make(
     config: DreamerConfig, spec: EnvSpec, model: WorldModel, discount: float, total_updates: int
 ) -> Agent:
@@ -101,6 +121,7 @@ def make(
     discount: per agent step, the one that the model's continue head learns. total_updates: length of the
     run, for the learning-rate schedule.
     """
+    check(config, spec)
     discrete = spec.action.classes is not None
     size = spec.action.size
     actor = MLP(config.actor_layers, config.units, size if discrete else 2 * size, outscale=0.01)

@@ -16,7 +16,7 @@ KEY = jax.random.key(0)
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.floats(-1e30, 1e30, width=32))
+@given(st.floats(-(2.0**100), 2.0**100, width=32))
 def test_symlog_and_symexp_are_inverse(x):
     """Also far from 0, where symexp(symlog(x)) loses digits only as fast as the exponential amplifies them."""
     compressed = float(symlog(jnp.float32(x)))

@@ -1,0 +1,111 @@
+"""Presets against the published sizes, and their inner consistency. Nothing is allocated: shapes only."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from mbrl.agents import dreamer
+from mbrl.agents.dreamer import DreamerConfig
+from mbrl.config import override
+from mbrl.presets import DREAMER
+from mbrl.programs import LoopConfig, make_clock
+from mbrl.types import ArraySpec, EnvSpec
+from world_models import rssm
+from world_models.rssm import RSSMConfig
+
+WALKER = EnvSpec(
+    "walker_walk",
+    {"height": ArraySpec((1,)), "orientations": ArraySpec((14,)), "velocity": ArraySpec((9,))},
+    ArraySpec((6,)),
+)
+
+# danijar/dreamerv3 on walker observations, without the slow critic and the optimiser's state. The first two
+# are exact counts, the others are published to 0.1 million.
+PUBLISHED = {
+    "size1m": 640_867,
+    "size12m": 9_738_019,
+    "size25m": 21.8e6,
+    "size50m": 38.6e6,
+    "size100m": 86.6e6,
+    "size200m": 153.8e6,
+    "size400m": 345.5e6,
+}
+
+
+def configs(name: str) -> tuple[RSSMConfig, DreamerConfig, LoopConfig]:
+    values = DREAMER[name]
+    model = override(RSSMConfig(), values["model"] | values["rssm"])
+    agent = override(DreamerConfig(), values["agent"] | {"optimiser": values["optimiser"]})
+    return model, agent, override(LoopConfig(), values["loop"])
+
+
+def shapes(name: str):
+    """The abstract TrainState of a preset."""
+    model, agent, _ = configs(name)
+    made = dreamer.make(agent, WALKER, rssm.make(model, WALKER), model.discount, 1000)
+    return jax.eval_shape(made.init, jax.random.key(0))
+
+
+def count(tree) -> int:
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_count(name):
+    """A layer, bias or norm too many or too few shows here; everything that learns is float32."""
+    train = shapes(name)
+    total = count(train.params)
+    assert (total if isinstance(PUBLISHED[name], int) else round(total, -5)) == PUBLISHED[name]
+    assert count(train.slow) == count(train.params["critic"])
+    assert all(x.dtype == np.float32 for x in jax.tree.leaves(train.params))
+
+
+def test_dynamics_of_size1m():
+    """The recurrence alone, by the published formula."""
+    assert count(shapes("size1m").params["model"]["backbone"]) == 364_416
+
+
+def test_small_presets_are_small():
+    """xs is for tests and quick looks; s is what a CPU runs by default. Both are far below the smallest
+    published size."""
+    xs, s = count(shapes("xs").params), count(shapes("s").params)
+    assert xs < s and xs < 50_000 and s < PUBLISHED["size1m"] / 2
+
+
+@pytest.mark.parametrize("name", DREAMER)
+def test_preset_is_consistent(name):
+    """Every field exists (override refuses unknown ones), sizes divide, critic and reward share their bins, the
+    train ratio gives whole updates, and random starts do not bootstrap from imagined returns."""
+    model, agent, loop = configs(name)
+    assert model.deter % model.blocks == 0
+    assert model.bins % 2 == agent.bins % 2 == 1
+    assert (model.bins, model.bin_limit) == (agent.bins, agent.bin_limit)
+    assert not (agent.imag_starts and agent.replay_bootstrap == "imagined")
+    assert agent.imag_starts <= loop.batch_size * loop.batch_length
+    clock = make_clock(loop, 500_000, loop.batch_length + agent.replay_context)
+    per_step = clock.updates / (clock.rows * loop.num_envs)
+    assert per_step * loop.batch_size * loop.batch_length == pytest.approx(loop.train_ratio)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_settings(name):
+    """What all published sizes share: the defaults of the configs are the paper's numbers."""
+    model, agent, loop = configs(name)
+    assert (model.stoch, model.blocks, model.unimix, model.free_nats, model.bins) == (32, 8, 0.01, 1.0, 255)
+    assert (model.dyn_layers, model.post_layers, model.prior_layers) == (1, 1, 2)
+    assert (model.encoder_layers, model.decoder_layers, model.head_layers) == (3, 3, 1)
+    assert model.discount == pytest.approx(1 - 1 / 333) and model.deter == 32 * model.classes * 4
+    assert model.units == model.hidden == agent.units == 16 * model.classes
+    assert (agent.actor_grad, agent.horizon, agent.lam, agent.entropy) == ("reinforce", 15, 0.95, 3e-4)
+    assert (agent.imag_last, agent.imag_starts, agent.replay_bootstrap) == (0, 0, "imagined")
+    scales = [getattr(agent, f"scale_{k}") for k in ("rec", "reward", "cont", "dyn", "rep", "replay_value")]
+    assert scales == [1.0, 1.0, 1.0, 1.0, 0.1, 0.3]
+    assert (agent.slow_rate, agent.slow_scale, agent.return_rate) == (0.02, 1.0, 0.01)
+    assert agent.replay_context and loop.replay_online
+    assert (loop.num_envs, loop.batch_size, loop.batch_length, loop.replay_size) == (16, 16, 64, 5_000_000)
+    optimiser = agent.optimiser
+    assert (optimiser.name, optimiser.learning_rate, optimiser.warmup) == ("laprop", 4e-5, 1000)
+    assert (optimiser.decay, optimiser.agc, optimiser.eps) == ("constant", 0.3, 1e-20)
+    assert (optimiser.beta1, optimiser.beta2, optimiser.weight_decay) == (0.9, 0.999, 0.0)
