@@ -67,7 +67,8 @@ def default_config(preset: str, world_model: str) -> Config:
     """The config of a preset, before flags."""
     values = PRESETS[choose("--preset", preset, list(PRESETS))]
     model = config_type(load_factory("--world-model", world_model, world_models.REGISTRY))()
-    model = override(model, values["model"] | values.get(world_model, {}))
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    model = override(model, {"dtype": dtype} | values["model"] | values.get(world_model, {}))
     agent = override(DreamerConfig(), values["agent"] | {"optimiser": values["optimiser"]})
     return Config(
         model,

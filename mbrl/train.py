@@ -87,9 +87,11 @@ def train(run: Run, folder: RunFolder, resume: bool = False, video: bool = False
             updates = max(0, iteration - clock.prefill) * clock.updates
             monitor.add(frames, updates, metrics, ended)
             close = clock.total - iteration < due["evaluate"] // 2  # the final evaluation says it all
-            if iteration % due["log"] == 0 or end:
+            evaluating = end or (learning and not close and iteration % due["evaluate"] == 0)
+            saving = end or iteration % due["save"] == 0
+            if saving or evaluating or iteration % due["log"] == 0:
                 monitor.request(timer.seconds["train"])
-            if (learning and not close and iteration % due["evaluate"] == 0) or end:
+            if evaluating:
                 with timer("train"):
                     jax.block_until_ready(state)
                 monitor.flush()
@@ -99,8 +101,8 @@ def train(run: Run, folder: RunFolder, resume: bool = False, video: bool = False
                 logger.log(frames, {"eval_return": returns.mean(1)})
                 progress.say(_evaluation_line(frames, returns, timer))
                 folder.write_summary(summarise(evaluations, timer, updates, state.train, seeds))
-            if iteration % due["save"] == 0 or end:
-                monitor.flush()
+            if saving:
+                monitor.flush()  # a resumed run starts with no row half collected
                 logger.flush()
                 meta = {"iteration": iteration, "evaluations": evaluations, "seconds": timer.seconds}
                 with timer("save"):

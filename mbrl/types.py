@@ -192,7 +192,8 @@ class Agent(NamedTuple):
     """An agent. ``train`` is everything that learns, ``actor`` what acting carries per environment.
 
     init(key) -> train
-    init_actor(train, batch) -> actor [batch]
+    init_actor(train, batch) -> actor [batch]; a NamedTuple with a field ``action`` [batch, A], the previous
+        action, which a collector overwrites when it acts at random
     act(train, actor [E], obs {key: [E, ...]}, is_first [E], key, mode) -> (action [E, A], actor, info);
         mode is the static string "train" (explore) or "eval" (deterministic given the key);
         info["latent"] is what replay stores where latents serve as context

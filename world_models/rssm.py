@@ -124,15 +124,16 @@ def backbone(config: RSSMConfig, action_size: int) -> Backbone:
         return module.init(key, state["deter"], state["stoch"], action, token, method="everything")["params"]
 
     def advance(params, state, embedded, token, is_first, key):
-        """One posterior step from an embedded action; ``is_first`` clears the memory."""
-        keep = 1.0 - is_first.astype(dtype)
-        deter, stoch = state["deter"] * keep[:, None], state["stoch"] * keep[:, None, None]
+        """One posterior step from an embedded action; ``is_first`` clears the memory, even one that is not
+        finite (a product with 0 would not)."""
+        deter = jnp.where(is_first[:, None], 0, state["deter"])
+        stoch = jnp.where(is_first[:, None, None], 0, state["stoch"])
         deter = call(params, "core", deter, stoch, embedded)
         post = call(params, "posterior", deter, token)
         return {"deter": deter, "stoch": post.sample(key).astype(dtype)}, post
 
     def embed(params, action, is_first):
-        return call(params, "embed_action", action * (1.0 - is_first.astype(action.dtype))[..., None])
+        return call(params, "embed_action", jnp.where(is_first[..., None], 0, action))
 
     def step(params, state, token, action, is_first, key):
         return advance(params, state, embed(params, action, is_first), token, is_first, key)[0]

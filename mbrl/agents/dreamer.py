@@ -276,7 +276,7 @@ def make(
         average = train.actor_average
         if config.actor_average:
             average = optax.incremental_update(params["actor"], average, 1 - config.actor_average)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         new = TrainState(params, slow, average, opt, norm, train.updates + 1)
         return new, UpdateInfo(metrics, latent)
 

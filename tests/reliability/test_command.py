@@ -1,0 +1,139 @@
+"""The command `experiments/dreamer_dmc.py`: bad input ends in one sentence, a run leaves what it promises,
+a resumed run equals one that was never stopped."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mbrl import checkpoints
+from mbrl.errors import UserError
+from mbrl.logger import read_metrics
+
+SCRIPT = Path(__file__).parents[2] / "experiments" / "dreamer_dmc.py"
+TINY = """
+    --preset xs --loop.num-envs 2 --loop.prefill 64 --loop.batch-size 4 --loop.batch-length 8
+    --loop.train-ratio 8 --loop.collect-steps 8 --loop.eval-episodes 2 --loop.log-every 64
+    --loop.eval-every 192 --loop.checkpoint-every 192 --agent.imag-starts 4 --agent.horizon 3
+""".split()  # noqa: SIM905
+
+
+@pytest.fixture(scope="module")
+def command():
+    """``main(argv)`` of the script, run in this process."""
+    spec = importlib.util.spec_from_file_location("dreamer_dmc_command", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its annotations are looked up there
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--task walker_wlk", ["--task", "walker_wlk", "walker_walk"]),
+        ("--preset size13m", ["--preset", "size13m", "size12m"]),
+        ("--world-model rsm", ["--world-model", "rsm", "rssm"]),
+        ("--loop.train-ratio 0.33333", ["loop.train_ratio", "0.33333"]),
+        ("--loop.train-ratio -1", ["loop.train_ratio", "-1"]),
+        ("--loop.collect-steps 3 --loop.train-ratio 5", ["loop.collect_steps", "multiple of"]),
+        ("--steps 100", ["steps", "100", "prefill"]),
+        ("--num-seeds 0", ["num_seeds", "0"]),
+        ("--agent.bins 4", ["agent.bins", "4", "odd"]),
+        ("--model.deter 10 --model.blocks 4", ["model.deter", "10", "model.blocks"]),
+        ("--agent.replay-bootstrap imagined", ["agent.replay_bootstrap", "agent.imag_starts"]),
+        ("--agent.lam 1.5", ["agent.lam", "1.5", "between 0 and 1"]),
+        ("--agent.optimiser.learning-rate nan", ["optimiser.learning_rate", "nan"]),
+        ("--task probe_action_discrete", ["agent.actor_grad", "dynamics", "discrete"]),
+        ("--debug --num-seeds 2", ["--debug", "num_seeds is 2"]),
+        ("--loop.replay-size 4", ["loop.replay_size", "4"]),
+        ("--resume", ["run"]),
+    ],
+)
+def test_bad_input_is_one_sentence(command, tmp_path, flags, words):
+    """Refused before anything is compiled or written, naming field, value and what is allowed."""
+    folder = tmp_path / "run"
+    extra = ["--steps", "20000"] if "--steps" not in flags else []
+    with pytest.raises(UserError) as error:
+        command(["--preset", "xs", *extra, "--run-dir", str(folder), *flags.split()])
+    message = str(error.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("flags", ["--stps 3", "--seed x", "--agent.actor-grad both"])
+def test_wrong_flags_exit_with_code_2(command, tmp_path, flags):
+    """An unknown flag or a value of the wrong type is refused by the parser."""
+    with pytest.raises(SystemExit) as error:
+        command(["--preset", "xs", "--run-dir", str(tmp_path / "run"), *flags.split()])
+    assert error.value.code == 2
+
+
+def test_too_much_memory_is_refused_before_the_folder_is_made(command, tmp_path):
+    """A replay of 40 TiB names itself as the largest part."""
+    folder = tmp_path / "run"
+    flags = "--loop.replay-size 1000000000000 --steps 4000000000000"
+    with pytest.raises(UserError, match=r"needs .*iB of memory.*replay"):
+        command([*TINY, "--run-dir", str(folder), *flags.split()])
+    assert not folder.exists()
+
+
+def run(command, folder, *flags):
+    command([*TINY, "--run-dir", str(folder), *flags])
+    return folder
+
+
+@pytest.mark.parametrize("task", ["pendulum", "cartpole_swingup"])
+def test_resume_is_exact(command, tmp_path, task):
+    """A run continued from its checkpoint ends in the same state and logs as one that was never stopped,
+    with environments on the device and on the host, two seeds."""
+    flags = ["--task", task, "--num-seeds", "2", "--steps", "600"]
+    whole = run(command, tmp_path / "whole", *flags)
+    assert (whole / "curve.png").stat().st_size > 10_000
+    summary = json.loads((whole / "summary.json").read_text())
+    assert np.shape(summary["eval_return"]["episodes"]) == (2, 2)
+    found = checkpoints.steps(whole / "checkpoints")
+    assert len(found) == 2
+
+    # Take the final checkpoint away: what is left is a run killed after its last but one checkpoint.
+    part = tmp_path / "part"
+    whole.rename(part)
+    final = part / "checkpoints" / f"{found[-1]:012d}"
+    final.rename(tmp_path / "final")
+    rows = timeless(part)
+    command([*TINY, *flags, "--run-dir", str(part), "--resume"])
+    assert timeless(part) == rows
+    assert leaves(final) == leaves(tmp_path / "final")
+    assert json.loads((part / "summary.json").read_text())["eval_return"] == summary["eval_return"]
+
+
+def timeless(folder):
+    """Rows of metrics without wall times."""
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in read_metrics(folder)]
+
+
+def leaves(checkpoint):
+    """Every array of a checkpoint as bytes, whatever its structure."""
+    import orbax.checkpoint as ocp
+
+    tree = ocp.StandardCheckpointer().restore((checkpoint / "state").absolute())
+    return {
+        jax.tree_util.keystr(path): np.asarray(x).tobytes()
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def test_a_folder_with_a_run_is_not_overwritten(command, tmp_path):
+    """A second run needs another folder; resuming with other settings is refused too."""
+    folder = run(command, tmp_path / "run", "--task", "pendulum", "--steps", "600")
+    config = (folder / "config.json").read_bytes()
+    with pytest.raises(UserError, match="already holds a run"):
+        run(command, folder, "--task", "pendulum", "--steps", "600")
+    with pytest.raises(UserError, match=r"agent\.lam differs"):
+        run(command, folder, "--task", "pendulum", "--steps", "600", "--resume", "--agent.lam", "0.9")
+    assert (folder / "config.json").read_bytes() == config
