@@ -166,8 +166,10 @@ def stream(key: Array, name: int, clock: Array | int) -> Array:
 
 
 def all_finite(tree: PyTree) -> Array:
+    """Whether every floating-point number of the tree is finite. By a maximum per leaf: XLA repeats a reduction
+    of booleans inside every selection that depends on it, which doubles the compile time of an update."""
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
+    return jnp.isfinite(jnp.stack([jnp.abs(x).max() for x in leaves])).all()
 
 
 def update_loop(agent: Agent, replay: Replay, state: RunState, key: Array, updates: int, freeze_after: int):

@@ -52,6 +52,9 @@ class Seeds:
 
     seeds: tuple[int, ...]
     mesh: Mesh
+    loop: bool = False
+    """Seeds that share a device take turns instead of being batched: a CPU core gains nothing from batching
+    small networks (docs/performance.md), and a seed's numbers are then bit-equal whatever runs beside it."""
 
     @classmethod
     def make(cls, seed: int, num_seeds: int) -> Seeds:
@@ -60,7 +63,8 @@ class Seeds:
         check_at_least("seed", seed, 0)
         devices = jax.devices()
         devices = devices[: _divisor(num_seeds, len(devices))]
-        return cls(tuple(range(seed, seed + num_seeds)), Mesh(np.array(devices), ("seed",)))
+        mesh = Mesh(np.array(devices), ("seed",))
+        return cls(tuple(range(seed, seed + num_seeds)), mesh, loop=devices[0].platform == "cpu")
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -83,25 +87,40 @@ class Seeds:
         """
 
         if jax.config.values["jax_disable_jit"]:
-            return self._eager(function, shared)
+            return one_seed(function, shared)
 
         def specs(n):
             return tuple(P() if i in shared else P("seed") for i in range(n))
 
-        def all_seeds(*args):
+        def local(*args):
+            """The seeds of one device."""
+            if len(self) == self.mesh.size:
+                return one_seed(function, shared)(*args)
+            if self.loop:
+                seeded = [a for i, a in enumerate(args) if i not in shared]
+
+                def body(own):
+                    own = iter(own)
+                    return function(*(a if i in shared else next(own) for i, a in enumerate(args)))
+
+                return jax.lax.map(body, seeded)
             axes = tuple(None if i in shared else 0 for i in range(len(args)))
-            mapped = jax.vmap(function, in_axes=axes)
+            return jax.vmap(function, in_axes=axes)(*args)
+
+        def all_seeds(*args):
             return jax.shard_map(
-                mapped, mesh=self.mesh, in_specs=specs(len(args)), out_specs=P("seed"), check_vma=False
+                local, mesh=self.mesh, in_specs=specs(len(args)), out_specs=P("seed"), check_vma=False
             )(*args)
 
         return jax.jit(all_seeds, donate_argnums=donate)
 
-    def _eager(self, function: Callable[..., Any], shared: tuple[int, ...]) -> Callable[..., Any]:
-        """For debugging: plain calls on concrete arrays, one seed, no transformation in the way."""
 
-        def one_seed(*args):
-            first = [a if i in shared else jax.tree.map(lambda x: x[0], a) for i, a in enumerate(args)]
-            return jax.tree.map(lambda x: x[None], function(*first))
+def one_seed(function: Callable[..., Any], shared: tuple[int, ...]) -> Callable[..., Any]:
+    """``function`` of one seed for arguments whose leading seed axis has length 1, without a batch axis: on a
+    CPU a batched product of one matrix is a quarter slower, and a debugger sees plain arrays."""
 
-        return one_seed
+    def call(*args):
+        own = [a if i in shared else jax.tree.map(lambda x: x[0], a) for i, a in enumerate(args)]
+        return jax.tree.map(lambda x: x[None], function(*own))
+
+    return call

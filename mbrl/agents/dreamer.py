@@ -41,6 +41,8 @@ class DreamerConfig:
     """Imagine from this many starts drawn at random per update; 0 from all."""
     lam: float = 0.95
     """Mixing weight of the lambda-return (lambda)."""
+    min_std: float = 0.1
+    """Smallest standard deviation of continuous actions, which lie in [-1, 1]; the largest is 1."""
     entropy: float = 3e-4
     """Weight of the policy's entropy (eta)."""
     scale_rec: float = 1.0
@@ -72,6 +74,10 @@ class DreamerConfig:
     """Start training sequences from the latent stored at acting time (else from zeros)."""
     actor_average: float = 0.0
     """Decay of a moving average of the policy's parameters that acts in evaluation; 0 is off."""
+    actor_lr_scale: float = 1.0
+    """Learning rate of the policy as a multiple of the optimiser's."""
+    critic_lr_scale: float = 1.0
+    """Learning rate of the critic as a multiple of the optimiser's."""
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
 
 
@@ -100,7 +106,7 @@ def check(config: DreamerConfig, spec: EnvSpec) -> None:
         check_at_least(f"agent.{name}", getattr(config, name), 1)
     for name in ("imag_last", "imag_starts", "entropy", "bin_limit", "slow_scale", "scale_replay_value"):
         check_at_least(f"agent.{name}", getattr(config, name), 0)
-    for name in ("lam", "slow_rate", "return_rate", "actor_average"):
+    for name in ("lam", "min_std", "slow_rate", "return_rate", "actor_average"):
         check_between(f"agent.{name}", getattr(config, name), 0, 1)
     if config.bins < 3 or config.bins % 2 == 0:
         raise UserError(f"agent.bins is {config.bins}, it must be odd and at least 3")
@@ -126,14 +132,17 @@ def make(
     size = spec.action.size
     actor = MLP(config.actor_layers, config.units, size if discrete else 2 * size, outscale=0.01)
     critic = MLP(config.critic_layers, config.units, config.bins, outscale=0.0)
-    optimiser = optimisers.make(
-        config.optimiser, total_updates, {rf"^model/{k}": v for k, v in model.param_groups().items()}
-    )
+    groups = {rf"^model/{k}": v for k, v in model.param_groups().items()}
+    groups |= {
+        "^actor/": {"lr_scale": config.actor_lr_scale},
+        "^critic/": {"lr_scale": config.critic_lr_scale},
+    }
+    optimiser = optimisers.make(config.optimiser, total_updates, groups)
     scales = {k: getattr(config, f"scale_{k}") for k in ("rec", "reward", "cont", "dyn", "rep")}
 
     def policy(params, features):
         out = apply(actor, params, features)
-        return one_hot(out) if discrete else bounded_normal(out)
+        return one_hot(out) if discrete else bounded_normal(out, config.min_std)
 
     def value(params, features):
         return two_hot(apply(critic, params, features), config.bin_limit)

@@ -1,0 +1,162 @@
+"""Many seeds in one program are the same runs as one by one, and cannot harm each other."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mbrl import envs
+from mbrl.drivers import DeviceDriver, Source
+from mbrl.seeds import Seeds
+from tests.helpers import as_numpy, assert_close, assert_same, on_one_device, one_seed, tiny_run
+
+ENV = envs.make_jax("pendulum", max_steps=6)
+SOURCE = Source(ENV.spec, ENV)
+
+
+class Runner:
+    """The programs of a run on some seeds, compiled at first use."""
+
+    def __init__(self, seeds: Seeds):
+        self.run = tiny_run(SOURCE, seeds)
+        self.driver = DeviceDriver(self.run.programs(), 1)
+
+    def fill(self, keys):
+        """The state after prefill, copied to the host."""
+        state = self.driver.programs.init(keys)
+        for i in range(self.run.clock.prefill):
+            state, _, _ = self.driver.advance(state, keys, i, learning=False)
+        return as_numpy(state)
+
+    def learn(self, state, keys, iterations: int = 4, start: int = 0):
+        """State and the metrics of every iteration, copied to the host."""
+        state, metrics = jax.device_put(state, self.run.seeds.sharding), []
+        for i in range(start, start + iterations):
+            state, one, _ = self.driver.advance(state, keys, self.run.clock.prefill + i, learning=True)
+            metrics.append(as_numpy(one))
+        return as_numpy(state), metrics
+
+
+KEYS = on_one_device(0, 1).keys()
+
+
+@pytest.fixture(scope="module")
+def vmapped() -> Runner:
+    """Two seeds in one vmap."""
+    return Runner(on_one_device(0, 1))
+
+
+@pytest.fixture(scope="module")
+def filled(vmapped):
+    return vmapped.fill(KEYS)
+
+
+@pytest.fixture(scope="module")
+def healthy(vmapped, filled):
+    """State and metrics after 8 updates without any accident."""
+    return vmapped.learn(filled, KEYS)
+
+
+def test_seeds_equal_seeds_alone(filled, healthy):
+    """Parameters, optimiser, replay, environments and metrics of each seed are those of a run of this seed
+    alone, from its initialisation to its eighth update. One program serves every single seed."""
+    alone = Runner(on_one_device(0))
+    for i, seed in enumerate((0, 1)):
+        keys = on_one_device(seed).keys()
+        start = alone.fill(keys)
+        assert_close(one_seed(start, 0), one_seed(filled, i))
+        state, metrics = alone.learn(start, keys)
+        assert_close(one_seed(state, 0), one_seed(healthy[0], i))
+        assert_close(one_seed(metrics, 0), one_seed(healthy[1], i), 1e-4)
+    assert healthy[0].train.updates.tolist() == [8, 8]
+
+
+def test_seeds_over_devices_equal_seeds_on_one(filled, healthy):
+    """The seed axis sharded over two virtual devices: the same numbers, spread."""
+    seeds = Seeds.make(0, 2)
+    if len(seeds.mesh.devices) < 2:
+        pytest.skip("needs two devices, virtual ones will do")
+    sharded = Runner(seeds)
+    assert_close(sharded.learn(filled, seeds.keys())[0], healthy[0])
+    state = jax.device_put(filled, seeds.sharding)
+    state, _, _ = sharded.driver.advance(state, seeds.keys(), 2, learning=True)
+    assert all(x.sharding.is_equivalent_to(seeds.sharding, x.ndim) for x in jax.tree.leaves(state))
+
+
+def test_seeds_differ(healthy):
+    """Different seeds are different runs in everything random: networks, environments, actions."""
+    a, b = (one_seed(healthy[0], i) for i in range(2))
+    for pick in (lambda s: s.train.params, lambda s: s.env.timestep.obs, lambda s: s.replay.data.action):
+        assert any((x != y).any() for x, y in zip(jax.tree.leaves(pick(a)), jax.tree.leaves(pick(b))))
+
+
+def test_members_do_not_depend_on_the_number_of_seeds():
+    """Member k of a run with more seeds has the key of the seed first + k, alone or not."""
+    four, one = Seeds.make(3, 4), Seeds.make(5, 1)
+    assert four.seeds == (3, 4, 5, 6)
+    np.testing.assert_array_equal(jax.random.key_data(four.keys())[2], jax.random.key_data(one.keys())[0])
+
+
+# NaN -------------------------------------------------------------------------------------------------------
+
+
+def poison(tree, seed: int, value=np.nan):
+    """The first floating-point leaf of one seed, filled with ``value``."""
+    leaves, structure = jax.tree.flatten(tree)
+    at = next(i for i, x in enumerate(leaves) if np.issubdtype(x.dtype, np.floating))
+    leaves[at] = leaves[at].copy()
+    leaves[at][seed] = value
+    return structure.unflatten(leaves)
+
+
+def test_nan_parameters_stay_in_their_seed(vmapped, filled, healthy):
+    """A seed whose parameters are NaN: the other is bit-equal to a run without the accident, the broken one is
+    frozen after ``freeze_after`` (3) rejected updates and changes no more."""
+    broken = filled._replace(train=poison(filled.train, 1))
+    state, metrics = vmapped.learn(broken, KEYS)
+    assert_same(one_seed(state, 0), one_seed(healthy[0], 0))
+    assert_same([one_seed(m, 0) for m in metrics], [one_seed(m, 0) for m in healthy[1]])
+    assert_same(one_seed(state.train, 1), one_seed(broken.train, 1))
+    assert state.health.rejected.tolist() == [0, 8]
+    assert state.health.frozen.tolist() == [False, True]
+    assert [m["frozen"][1] > 0 for m in metrics] == [False, True, True, True]
+    assert metrics[-1]["rejected_updates"].tolist() == [0, 8]
+
+
+def test_a_frozen_seed_stays_frozen(vmapped, filled):
+    """Even when its updates become finite again: it is reported, not silently revived."""
+    before = filled._replace(health=filled.health._replace(frozen=np.array([False, True])))
+    state, _ = vmapped.learn(before, KEYS, 1)
+    assert_same(one_seed(state.train, 1), one_seed(before.train, 1))
+    assert state.train.updates.tolist() == [2, 0]
+    assert state.health.rejected.tolist() == [0, 0]  # finite updates are not counted as rejected
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_bad_batch_never_reaches_the_parameters(vmapped, filled, value):
+    """NaN and infinite observations in one seed's replay: every update on them is rejected, parameters, slow
+    critic, optimiser and stored latents of that seed stay as they were, the other seed is bit-equal. When the
+    data are good again, learning goes on."""
+    data = filled.replay.data
+    broken = filled._replace(replay=filled.replay._replace(data=data._replace(obs=poison(data.obs, 1, value))))
+    state, _ = vmapped.learn(broken, KEYS, 1)
+    assert_same(one_seed(state.train, 1), one_seed(broken.train, 1))
+    assert state.health.rejected.tolist() == [0, 2] and state.health.consecutive.tolist() == [0, 2]
+    assert_same(one_seed(state, 0), one_seed(vmapped.learn(filled, KEYS, 1)[0], 0))
+    old, new = (s.replay.data.latent["deter"][1] for s in (broken, state))
+    collected = np.arange(broken.replay.inserted[1], state.replay.inserted[1])
+    assert len(collected) == 4
+    np.testing.assert_array_equal(np.delete(new, collected, 0), np.delete(old, collected, 0))
+    # Mended: one good update forgets the count.
+    state, _ = vmapped.learn(state._replace(replay=filled.replay), KEYS, 1, start=1)
+    assert state.health.consecutive.tolist() == [0, 0] and not state.health.frozen.any()
+    assert state.train.updates.tolist() == [4, 2]
+
+
+def test_episodes_heal_a_broken_memory(vmapped, filled):
+    """An acting state that is not finite ends with its episode (6 steps): the seed acts and learns again."""
+    broken = filled._replace(actor=poison(filled.actor, 1))
+    state, _ = vmapped.learn(broken, KEYS, 2)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((state.actor, state.train, state.env)))
