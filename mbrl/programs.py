@@ -96,7 +96,8 @@ def make_clock(config: LoopConfig, steps: int, length: int) -> Clock:
     for field in ("num_envs", "action_repeat", "batch_size", "chunk", "log_every", "eval_episodes"):
         check_at_least(f"loop.{field}", getattr(config, field), 1)
     check_at_least("loop.batch_length", config.batch_length, 2)
-    for field in ("prefill", "collect_steps", "eval_every", "checkpoint_every", "freeze_after"):
+    check_at_least("loop.freeze_after", config.freeze_after, 1)
+    for field in ("prefill", "collect_steps", "eval_every", "checkpoint_every"):
         check_at_least(f"loop.{field}", getattr(config, field), 0)
     if not config.train_ratio > 0:
         raise UserError(f"loop.train_ratio is {config.train_ratio}, it must be above 0")
@@ -166,8 +167,8 @@ def stream(key: Array, name: int, clock: Array | int) -> Array:
 
 
 def all_finite(tree: PyTree) -> Array:
-    """Whether every floating-point number of the tree is finite. By a maximum per leaf: XLA repeats a reduction
-    of booleans inside every selection that depends on it, which doubles the compile time of an update."""
+    """Whether every floating-point number of the tree is finite. By a maximum per leaf: XLA repeats a
+    reduction of booleans inside every selection that depends on it, which doubles an update's compile time."""
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
     return jnp.isfinite(jnp.stack([jnp.abs(x).max() for x in leaves])).all()
 

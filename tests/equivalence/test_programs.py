@@ -82,10 +82,6 @@ class EchoHost:
 # Collectors ------------------------------------------------------------------------------------------------
 
 
-class Scripted(jax.tree_util.Partial):
-    """Placeholder for the type checker; see `scripted_agent`."""
-
-
 def scripted_agent() -> Agent:
     """Actions are a fixed function of how often the policy was called and of what it was shown, so that both
     collectors must ask the same questions to get the same rows."""
@@ -239,11 +235,11 @@ def test_each_program_compiles_once(where, caplog):
     state = programs.init(keys)
     for i in range(5):
         before, learning = jax.tree.leaves(state), i >= run.clock.prefill
-        steady = i not in (0, run.clock.prefill)
-        with jax.log_compiles(steady), caplog.at_level(logging.WARNING):
+        caplog.clear()
+        with jax.log_compiles(), caplog.at_level(logging.WARNING):
             state, metrics, episodes = driver.advance(state, keys, i, learning)
-        compiled = [r.getMessage() for r in caplog.records if "ompiling" in r.getMessage()]
-        assert not (steady and compiled), compiled
+        compiled = [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()]
+        assert bool(compiled) == (i in (0, run.clock.prefill)), compiled
         assert (metrics is not None) == learning and episodes.count.shape == (2,)
         # The clock's key and constants may survive; what is large may not.
         alive = sum(x.nbytes for x in before if not x.is_deleted())
@@ -254,7 +250,8 @@ def test_each_program_compiles_once(where, caplog):
     assert all(x.shape == (2,) and np.isfinite(x).all() for x in metrics.values())
     rows = as_numpy(state.replay.data)
     np.testing.assert_array_equal(rows.obs["echo"], rows.action)
-    assert all_finite(state.train)
+    # On the host: several reductions over two CPU devices at once can wait for each other for ever.
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(as_numpy(state.train)))
 
 
 # The clock -------------------------------------------------------------------------------------------------
