@@ -146,6 +146,7 @@ def measure_case(preset: str, num_seeds: int, batch: int, length: int, repeats: 
         "num_seeds": num_seeds,
         "batch": [batch, length],
         "devices": len(seeds.mesh.devices),
+        "dtype": model.dtype,
         "params": sum(x.size for x in jax.tree.leaves(train.params)) // num_seeds,
         "train_step_seconds": seconds,
         "gflop_per_step": flops / 1e9,

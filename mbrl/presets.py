@@ -60,6 +60,7 @@ def _small(deter: int, stoch: int, classes: int, layers: int) -> Preset:
         },
         "loop": {
             "num_envs": 4,
+            "collect_steps": 8,
             "batch_size": 16,
             "batch_length": 16,
             "train_ratio": 256.0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -13,7 +14,7 @@ from mbrl import losses, optimisers
 from mbrl.distributions import bounded_normal, one_hot, two_hot
 from mbrl.errors import UserError, check_at_least, check_between
 from mbrl.imagination import rollout
-from mbrl.networks import MLP, apply
+from mbrl.networks import MLP, Linear, apply
 from mbrl.optimisers import OptimiserConfig
 from mbrl.types import Agent, Array, EnvSpec, Starts, Trajectory, UpdateInfo, WorldModel
 
@@ -38,7 +39,7 @@ class DreamerConfig:
     imag_last: int = 0
     """Imagine from the last K steps of each sequence; 0 from all T."""
     imag_starts: int = 0
-    """Imagine from this many starts drawn at random per update; 0 from all."""
+    """Imagine from this many starts drawn at random per update; 0, or more than there are, from all."""
     lam: float = 0.95
     """Mixing weight of the lambda-return (lambda)."""
     min_std: float = 0.1
@@ -100,6 +101,22 @@ class ActorState(NamedTuple):
     action: Array
 
 
+class Policy(nn.Module):
+    """MLP, then logits [..., A] of discrete actions, or mean and std outputs [..., 2A] of continuous ones:
+    two layers, because adaptive clipping works per tensor."""
+
+    layers: int
+    units: int
+    size: int
+    discrete: bool
+
+    @nn.compact
+    def __call__(self, features: Array) -> Array:
+        x = MLP(self.layers, self.units, name="mlp")(features)
+        names = ["logits"] if self.discrete else ["mean", "std"]
+        return jnp.concatenate([Linear(self.size, 0.01, name=name)(x) for name in names], -1)
+
+
 def check(config: DreamerConfig, spec: EnvSpec) -> None:
     """UserError for impossible values and combinations."""
     for name in ("actor_layers", "critic_layers", "units", "horizon"):
@@ -110,6 +127,8 @@ def check(config: DreamerConfig, spec: EnvSpec) -> None:
         check_between(f"agent.{name}", getattr(config, name), 0, 1)
     if config.bins < 3 or config.bins % 2 == 0:
         raise UserError(f"agent.bins is {config.bins}, it must be odd and at least 3")
+    if config.imag_last == 1:
+        raise UserError("agent.imag_last is 1, it must be 0 or at least 2: replayed returns need a next step")
     if config.actor_grad == "dynamics" and spec.action.classes is not None:
         raise UserError(f"agent.actor_grad is dynamics, but {spec.name} has discrete actions: use reinforce")
     if config.replay_bootstrap == "imagined" and config.imag_starts:
@@ -130,7 +149,7 @@ def make(
     check(config, spec)
     discrete = spec.action.classes is not None
     size = spec.action.size
-    actor = MLP(config.actor_layers, config.units, size if discrete else 2 * size, outscale=0.01)
+    actor = Policy(config.actor_layers, config.units, size, discrete)
     critic = MLP(config.critic_layers, config.units, config.bins, outscale=0.0)
     groups = {rf"^model/{k}": v for k, v in model.param_groups().items()}
     groups |= {
@@ -185,8 +204,8 @@ def make(
         """Posterior states [T, B] -> starts [N]: the last K of each sequence, or a random subset."""
         states = jax.tree.map(lambda x: x[-config.imag_last :], starts.states)
         states = jax.tree.map(lambda x: sg(x.reshape(-1, *x.shape[2:])), states)
-        if config.imag_starts:
-            total = jax.tree.leaves(states)[0].shape[0]
+        total = jax.tree.leaves(states)[0].shape[0]
+        if 0 < config.imag_starts < total:
             index = jax.random.choice(key, total, (config.imag_starts,), replace=False)
             states = jax.tree.map(lambda x: x[index], states)
         return Starts(sg(starts.ctx), states)

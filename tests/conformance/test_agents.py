@@ -161,7 +161,7 @@ def test_act_shapes(case):
             assert np.isin(action, (0.0, 1.0)).all() and (action.sum(-1) == 1).all()
         elif mode == "eval":
             assert (np.abs(action) <= 1).all()
-        shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
+        shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
         assert shapes(after) == shapes(actor)
         same(after.action, action)
         same(info["latent"], after.state if case.config.replay_context else ())
@@ -171,7 +171,7 @@ def test_act_shapes(case):
 def test_act_modes(case):
     """Evaluation is deterministic given the key, exploration varies with it; states are the same in both."""
     actor, key = case.agent.init_actor(case.train, E), jax.random.key(0)
-    run = lambda mode, key: case.act(case.train, actor, obs_of(0), YES, key, mode)  # noqa: E731
+    run = lambda mode, key: case.act(case.train, actor, obs_of(0), YES, key, mode)
     same(run("eval", key), run("eval", key))
     assert len({run("train", jax.random.key(i))[0].tobytes() for i in range(20)}) > 1
     same(run("eval", key)[1].state, run("train", key)[1].state)
@@ -200,7 +200,7 @@ def test_is_first_clears_memory(case):
     middle = jnp.array([False, True, False])
     a = case.act(case.train, used, obs_of(5), middle, key, "eval")
     b = case.act(case.train, fresh, obs_of(5), middle, key, "eval")
-    at = lambda tree, i: jax.tree.map(lambda x: x[i], tree)  # noqa: E731
+    at = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
     same(at(a, 1), at(b, 1))
     for i in (0, 2):
         assert differ(at(a[1], i), at(b[1], i))
@@ -237,7 +237,7 @@ def test_update(case):
     # The last critic layer is all that a head fed by dead units could move; here everything must.
     assert not still
     assert again.updates == case.train.updates + 2
-    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
+    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     assert shapes(new) == shapes(case.train)
 
 
@@ -272,7 +272,7 @@ def test_initial_state_shares_no_buffers(case):
 def test_context_row(case):
     """With replay context the first row supplies its latent and nothing else; without, every row is trained."""
     other = make_trajectory(case.agent, case.train, case.config, case.spec, seed=5)
-    swap_row = lambda x, y: x.at[0].set(y[0])  # noqa: E731
+    swap_row = lambda x, y: x.at[0].set(y[0])
     rows = jax.tree.map(swap_row, case.traj._replace(latent=()), other._replace(latent=()))
     base = run_update(case)
     changed = run_update(case, traj=rows._replace(latent=case.traj.latent))

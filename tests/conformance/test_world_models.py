@@ -104,7 +104,7 @@ def case(request) -> Case:
     @jax.jit
     def imagine(params, ctx, states, action, key):
         """One step of [..., B] states with one key for all leading axes, and what is said of the result."""
-        step = lambda state: model.imagine_step(params, ctx, state, action, key)  # noqa: E731
+        step = lambda state: model.imagine_step(params, ctx, state, action, key)
         states = jax.vmap(step)(states)
         return model.features(params, states), model.predict(params, states)
 
@@ -283,7 +283,7 @@ def test_imagination_takes_any_leading_axes(case):
     """[T, B] at once equals the same states flattened, and predictions have just those axes."""
     seen = observe(case)
     action = jax.random.normal(jax.random.key(6), (T, B, A))
-    flatten = lambda tree: jax.tree.map(lambda x: x.reshape(T * B, *x.shape[2:]), tree)  # noqa: E731
+    flatten = lambda tree: jax.tree.map(lambda x: x.reshape(T * B, *x.shape[2:]), tree)
 
     def one(starts, action):
         state = case.model.imagine_init(case.params, starts, 3)

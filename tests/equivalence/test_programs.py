@@ -128,7 +128,7 @@ def host_collect(collector: HostCollector, actor, steps: int):
     agent = scripted_agent()
 
     def act(actor, obs, is_first, i):
-        run = lambda *args: agent.act((), *args, jax.random.key(0), "train")  # noqa: E731
+        run = lambda *args: agent.act((), *args, jax.random.key(0), "train")
         action, actor, info = jax.vmap(run)(actor, obs, is_first)
         return action, actor, info["latent"]
 
@@ -153,7 +153,7 @@ def test_collectors_give_the_same_rows(device_rows, host_rows):
     for seed in range(2):
         for a, b in zip(jax.tree.leaves(device_rows), jax.tree.leaves(jax.tree.map(lambda x: x[seed], host_rows))):  # noqa: B023
             np.testing.assert_allclose(a, b, atol=1e-6)
-    dtypes = lambda rows: jax.tree.map(lambda x: x.dtype, rows)  # noqa: E731
+    dtypes = lambda rows: jax.tree.map(lambda x: x.dtype, rows)
     assert dtypes(device_rows[0]) == dtypes(host_rows[0])
 
 

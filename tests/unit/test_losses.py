@@ -165,7 +165,7 @@ def test_reinforce_gradients(strict_numerics):
     weight = jnp.array([0.5, 1.0])
     value = losses.reinforce_loss(log_prob, advantage, entropy, weight, 0.1)
     np.testing.assert_allclose(value, [-0.5 * (-2.0 + 0.05), -(6.0 + 0.07)], rtol=1e-6)
-    total = lambda *args: losses.reinforce_loss(*args, 0.1).sum()  # noqa: E731
+    total = lambda *args: losses.reinforce_loss(*args, 0.1).sum()
     gradients = jax.grad(total, argnums=(0, 1, 2, 3))(log_prob, advantage, entropy, weight)
     np.testing.assert_allclose(gradients[0], [-1.0, 3.0])
     np.testing.assert_allclose(gradients[2], [-0.05, -0.1], rtol=1e-6)
@@ -175,7 +175,7 @@ def test_reinforce_gradients(strict_numerics):
 def test_pathwise_gradients(strict_numerics):
     """The return is differentiated, the weight is not; descending the loss raises the return."""
     returns, entropy, weight = jnp.array([2.0, -3.0]), jnp.array([0.5, 0.7]), jnp.array([0.5, 1.0])
-    total = lambda *args: losses.pathwise_loss(*args, 0.1).sum()  # noqa: E731
+    total = lambda *args: losses.pathwise_loss(*args, 0.1).sum()
     gradients = jax.grad(total, argnums=(0, 1, 2))(returns, entropy, weight)
     np.testing.assert_allclose(gradients[0], [-0.5, -1.0])
     np.testing.assert_allclose(gradients[1], [-0.05, -0.1], rtol=1e-6)
