@@ -108,7 +108,7 @@ def make_clock(config: LoopConfig, steps: int, length: int) -> Clock:
     rows = config.collect_steps or fewest
     if fewest > 100_000:
         raise UserError(
-            f"loop.train_ratio {config.train_ratio:g} needs {fewest} steps of every environment for one whole "
+            f"loop.train_ratio {config.train_ratio:g} needs {fewest} steps of every environment for a whole "
             f"number of updates, at most 100000 are allowed: choose a ratio that is a simple fraction of "
             f"{per_update} / {config.num_envs}"
         )

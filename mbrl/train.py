@@ -154,8 +154,8 @@ class Monitor:
         self.progress.update(frames, self.returns, updates)
         if faults.sum() > self.faults.sum() == 0:
             self.progress.say(
-                f"an environment returned numbers that are not finite or failed at {frames:,} frames: its episode "
-                "ends there; env_faults in the metrics counts such events"
+                f"an environment failed or returned numbers that are not finite at {frames:,} frames: its "
+                "episode ends there; env_faults in the metrics counts such events"
             )
         self.faults = faults
 

@@ -44,6 +44,9 @@ class DreamerConfig:
     """Mixing weight of the lambda-return (lambda)."""
     min_std: float = 0.1
     """Smallest standard deviation of continuous actions, which lie in [-1, 1]; the largest is 1."""
+    noise_correlation: float = 0.0
+    """Correlation of the policy's noise from one step to the next while exploring continuous actions (0 is
+    white noise, published). Noise that lasts moves a body further; its distribution at a step is the same."""
     entropy: float = 3e-4
     """Weight of the policy's entropy (eta)."""
     scale_rec: float = 1.0
@@ -95,10 +98,11 @@ class TrainState(NamedTuple):
 
 
 class ActorState(NamedTuple):
-    """Carried while acting, per environment: the latent state and the previous action."""
+    """Carried while acting, per environment: the latent state, the previous action and its noise."""
 
     state: Any
     action: Array
+    noise: Array
 
 
 class Policy(nn.Module):
@@ -123,7 +127,7 @@ def check(config: DreamerConfig, spec: EnvSpec) -> None:
         check_at_least(f"agent.{name}", getattr(config, name), 1)
     for name in ("imag_last", "imag_starts", "entropy", "bin_limit", "slow_scale", "scale_replay_value"):
         check_at_least(f"agent.{name}", getattr(config, name), 0)
-    for name in ("lam", "min_std", "slow_rate", "return_rate", "actor_average"):
+    for name in ("lam", "min_std", "noise_correlation", "slow_rate", "return_rate", "actor_average"):
         check_between(f"agent.{name}", getattr(config, name), 0, 1)
     if config.bins < 3 or config.bins % 2 == 0:
         raise UserError(f"agent.bins is {config.bins}, it must be odd and at least 3")
@@ -184,7 +188,16 @@ def make(
         )
 
     def init_actor(train: TrainState, batch: int) -> ActorState:
-        return ActorState(model.init_state(train.params["model"], batch), jnp.zeros((batch, size)))
+        state = model.init_state(train.params["model"], batch)
+        return ActorState(state, jnp.zeros((batch, size)), jnp.zeros((batch, size)))
+
+    def explore(dist, noise, is_first, key):
+        """An action, and the noise in it: autoregressive, standard normal at every step."""
+        if discrete:
+            return dist.sample(key), noise
+        rho, fresh = config.noise_correlation, jax.random.normal(key, noise.shape)
+        noise = jnp.where(is_first[:, None], fresh, rho * noise + (1 - rho**2) ** 0.5 * fresh)
+        return dist.at(noise), noise
 
     def act(train: TrainState, actor_state: ActorState, obs, is_first, key, mode: str):
         state_key, action_key = jax.random.split(key)
@@ -196,9 +209,12 @@ def make(
             train.actor_average if averaged else train.params["actor"],
             model.features(train.params["model"], state),
         )
-        action = dist.mode() if mode == "eval" else dist.sample(action_key)
+        if mode == "eval":
+            action, noise = dist.mode(), actor_state.noise
+        else:
+            action, noise = explore(dist, actor_state.noise, is_first, action_key)
         info = {"latent": state if config.replay_context else ()}
-        return action, ActorState(state, action), info
+        return action, ActorState(state, action, noise), info
 
     def select_starts(starts: Starts, key) -> Starts:
         """Posterior states [T, B] -> starts [N]: the last K of each sequence, or a random subset."""
