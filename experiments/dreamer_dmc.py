@@ -47,7 +47,7 @@ class Config:
     """First seed; members of a run are seed, seed + 1, ..."""
     num_seeds: int = 1
     """Independent runs in one compiled program (S)."""
-    steps: int = 100_000
+    steps: int = 80_000
     """Length of the run in simulator frames per seed, action repeat included."""
     run_dir: str = ""
     """Run folder; empty makes a new one under runs/."""
