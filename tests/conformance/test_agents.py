@@ -100,7 +100,9 @@ def make_case(config: DreamerConfig, spec: EnvSpec) -> Case:
     agent = make_agent(config, spec)
     train = randomise(jax.jit(agent.init)(jax.random.key(0)))
     act = jax.jit(agent.act, static_argnums=5)
-    return Case(spec, config, agent, train, make_trajectory(agent, train, config, spec), act, jax.jit(agent.update))
+    return Case(
+        spec, config, agent, train, make_trajectory(agent, train, config, spec), act, jax.jit(agent.update)
+    )
 
 
 def make_trajectory(agent: Agent, train, config: DreamerConfig, spec: EnvSpec, seed: int = 0) -> Trajectory:
@@ -117,7 +119,13 @@ def make_trajectory(agent: Agent, train, config: DreamerConfig, spec: EnvSpec, s
         state = agent.init_actor(train, B).state
         latent = jax.tree.map(lambda x: rng.normal(size=(rows, *x.shape)), state)
     traj = Trajectory(
-        {"state": rng.normal(size=(rows, B, 3))}, action, rng.normal(size=(rows, B)), first, last, last, latent
+        {"state": rng.normal(size=(rows, B, 3))},
+        action,
+        rng.normal(size=(rows, B)),
+        first,
+        last,
+        last,
+        latent,
     )
     return jax.tree.map(lambda x: jnp.asarray(x, bool if x.dtype == bool else jnp.float32), traj)
 
@@ -255,7 +263,10 @@ def test_moving_averages(case):
     close(new.slow, expected)
     if case.config.actor_average:
         decay, old = case.config.actor_average, case.train.actor_average
-        close(new.actor_average, jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, old, new.params["actor"]))
+        close(
+            new.actor_average,
+            jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, old, new.params["actor"]),
+        )
     else:
         assert new.actor_average == ()
     assert new.return_norm.high != 0 and new.return_norm.low <= new.return_norm.high
@@ -294,7 +305,9 @@ def test_context_row(case):
 def test_extreme_data(case, scale):
     """Observations and rewards of 0 or a million give finite metrics and parameters."""
     traj = case.traj._replace(
-        obs={"state": case.traj.obs["state"] * scale}, reward=case.traj.reward * scale, action=case.traj.action * scale
+        obs={"state": case.traj.obs["state"] * scale},
+        reward=case.traj.reward * scale,
+        action=case.traj.action * scale,
     )
     new, info = run_update(case, traj=traj)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((new, info)))
@@ -444,7 +457,10 @@ def test_reinforce_and_dynamics_estimate_the_same_gradient():
     gradients, errors = {}, {}
     for name in ("dynamics", "reinforce"):
         toy = make_toy(batch=4000, actor_grad=name, horizon=1)
-        runs = [toy.update(toy.train, toy.traj, jax.random.key(i))[0].opt["actor"]["out"]["bias"] for i in range(4)]
+        runs = [
+            toy.update(toy.train, toy.traj, jax.random.key(i))[0].opt["actor"]["out"]["bias"]
+            for i in range(4)
+        ]
         gradients[name], errors[name] = np.mean(runs, 0), np.std(runs, 0) / 2
     # Analytic, for the mean's pre-activation u: d/du E[-(y - 0.3)^2] = -2 (E[y] - 0.3) (1 - tanh^2(u)), plus the
     # bootstrap, which is left out by comparing estimators with each other.
@@ -484,7 +500,9 @@ def test_imagined_return_is_the_lambda_return():
 def test_replayed_values_bootstrap_from_imagined_returns():
     """The replay loss equals the published formula from the metrics of the same states: each replayed state's
     own imagined return, in the right order, discounted by the agent's discount."""
-    config = dict(replay_context=False, replay_bootstrap="imagined", horizon=1, lam=1.0, actor_grad="dynamics")
+    config = dict(
+        replay_context=False, replay_bootstrap="imagined", horizon=1, lam=1.0, actor_grad="dynamics"
+    )
     toy = make_toy(**config)
     # One imagined step with a policy of (nearly) no freedom: R_0 of every state is known but for its noise.
     bias = jnp.array([0.2, 0.2, -50.0, -50.0])
@@ -497,7 +515,9 @@ def test_replayed_values_bootstrap_from_imagined_returns():
     assert got == pytest.approx(2 * np.log(BASE.bins), rel=1e-4)
     train = train._replace(params={**train.params, "critic": sloped})
     values = two_hot(jnp.linspace(-1, 1, BASE.bins), BASE.bin_limit)
-    runs = [toy.update(train, toy.traj, jax.random.key(i))[1].metrics["replay_value_loss"] for i in range(100)]
+    runs = [
+        toy.update(train, toy.traj, jax.random.key(i))[1].metrics["replay_value_loss"] for i in range(100)
+    ]
     x, reward = np.asarray(toy.traj.obs["x"], np.float64), np.asarray(toy.traj.reward, np.float64)
     arrived = 0.8 * x + np.tanh(0.2)
     boot = (-((arrived - 0.3) ** 2) - 0.01).sum(-1) + CONT * float(values.mean())

@@ -25,7 +25,9 @@ from mbrl.types import Agent, ArraySpec, EnvSpec, JaxEnv, TimeStep
 from tests.helpers import as_numpy, on_one_device, tiny_run
 
 LENGTH, E = 5, 3
-SPEC = EnvSpec("echo", {"echo": ArraySpec((2,)), "step": ArraySpec((), "int32", 8)}, ArraySpec((2,)), 1, LENGTH)
+SPEC = EnvSpec(
+    "echo", {"echo": ArraySpec((2,)), "step": ArraySpec((), "int32", 8)}, ArraySpec((2,)), 1, LENGTH
+)
 
 # An environment that shows everything: the action it was given, and the steps since its reset. The reward is ten
 # times the first action. Episodes of 5 steps end by a terminal where the last first action is positive, else by
@@ -151,7 +153,9 @@ def host_rows():
 def test_collectors_give_the_same_rows(device_rows, host_rows):
     """Every field of every row, its dtype, and the episodes: the host's numbers are the device's."""
     for seed in range(2):
-        for a, b in zip(jax.tree.leaves(device_rows), jax.tree.leaves(jax.tree.map(lambda x: x[seed], host_rows))):  # noqa: B023
+        for a, b in zip(
+            jax.tree.leaves(device_rows), jax.tree.leaves(jax.tree.map(lambda x: x[seed], host_rows))
+        ):
             np.testing.assert_allclose(a, b, atol=1e-6)
     dtypes = lambda rows: jax.tree.map(lambda x: x.dtype, rows)
     assert dtypes(device_rows[0]) == dtypes(host_rows[0])
@@ -193,7 +197,9 @@ def test_exploring_rows_hold_the_actions_taken():
     rows, actions = as_numpy(rows), np.asarray(rows.action)[~np.asarray(rows.is_first)]
     np.testing.assert_array_equal(rows.obs["echo"], rows.action)
     assert (np.abs(actions) <= 1).all() and 0.4 < actions.std() < 0.75 and abs(actions.mean()) < 0.2
-    np.testing.assert_array_equal(np.asarray(actor.action)[~np.asarray(carry.is_first)], carry.action[~carry.is_first])
+    np.testing.assert_array_equal(
+        np.asarray(actor.action)[~np.asarray(carry.is_first)], carry.action[~carry.is_first]
+    )
 
 
 def test_host_collector_resumes(host_rows):
@@ -243,8 +249,12 @@ def test_each_program_compiles_once(where, caplog):
         assert (metrics is not None) == learning and episodes.count.shape == (2,)
         # The clock's key and constants may survive; what is large may not.
         alive = sum(x.nbytes for x in before if not x.is_deleted())
-        assert alive == 0 if where == "device" else alive <= sum(x.nbytes for x in jax.tree.leaves(state.actor))
-    assert {name: getattr(programs, name)._cache_size() for name in USED[where]} == dict.fromkeys(USED[where], 1)
+        assert (
+            alive == 0 if where == "device" else alive <= sum(x.nbytes for x in jax.tree.leaves(state.actor))
+        )
+    assert {name: getattr(programs, name)._cache_size() for name in USED[where]} == dict.fromkeys(
+        USED[where], 1
+    )
     assert state.train.updates.tolist() == [3 * run.clock.updates] * 2
     assert np.asarray(state.replay.inserted).tolist() == [5 * run.clock.rows] * 2
     assert all(x.shape == (2,) and np.isfinite(x).all() for x in metrics.values())

@@ -139,7 +139,9 @@ def test_a_bad_batch_never_reaches_the_parameters(vmapped, filled, value):
     critic, optimiser and stored latents of that seed stay as they were, the other seed is bit-equal. When the
     data are good again, learning goes on."""
     data = filled.replay.data
-    broken = filled._replace(replay=filled.replay._replace(data=data._replace(obs=poison(data.obs, 1, value))))
+    broken = filled._replace(
+        replay=filled.replay._replace(data=data._replace(obs=poison(data.obs, 1, value)))
+    )
     state, _ = vmapped.learn(broken, KEYS, 1)
     assert_same(one_seed(state.train, 1), one_seed(broken.train, 1))
     assert state.health.rejected.tolist() == [0, 2] and state.health.consecutive.tolist() == [0, 2]

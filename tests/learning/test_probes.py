@@ -134,7 +134,9 @@ class Learner:
                 train.params["model"], state, action[None], {"state": obs[None]}, is_first[None], key
             )
             features = self.model.features(train.params["model"], state)
-            value = two_hot(critic.apply({"params": train.params["critic"]}, features), AGENT.bin_limit).mean()
+            value = two_hot(
+                critic.apply({"params": train.params["critic"]}, features), AGENT.bin_limit
+            ).mean()
             said = self.model.predict(train.params["model"], state)
             return state, (value[0], said.reward[0], said.cont[0])
 
