@@ -209,10 +209,11 @@ def make(
             train.actor_average if averaged else train.params["actor"],
             model.features(train.params["model"], state),
         )
+        noise = jnp.where(is_first[:, None], 0.0, actor_state.noise)
         if mode == "eval":
-            action, noise = dist.mode(), actor_state.noise
+            action = dist.mode()
         else:
-            action, noise = explore(dist, actor_state.noise, is_first, action_key)
+            action, noise = explore(dist, noise, is_first, action_key)
         info = {"latent": state if config.replay_context else ()}
         return action, ActorState(state, action, noise), info
 

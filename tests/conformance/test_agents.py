@@ -420,27 +420,39 @@ def make_toy(batch: int = B, **fields) -> Toy:
     spec = EnvSpec("toy", {"x": ArraySpec((A,))}, ArraySpec((A,)))
     agent = make_agent(config, spec, transparent_model())
     train = randomise(agent.init(jax.random.key(0)))
-    hidden = jax.tree.map(jnp.zeros_like, train.params["actor"]["dense0"])
+    actor = train.params["actor"]
+    hidden = jax.tree.map(jnp.zeros_like, actor["mlp"]["dense0"])
     hidden["linear"]["bias"] = jnp.ones(BASE.units)
     hidden["norm"]["scale"] = jnp.ones(BASE.units)
-    params = {**train.params, "actor": {**train.params["actor"], "dense0": hidden}}
+    params = {**train.params, "actor": {**actor, "mlp": {"dense0": hidden}}}
     rng, flags = np.random.default_rng(1), jnp.zeros((T, batch), bool)
     numbers = [jnp.asarray(rng.normal(size=(T, batch, *s)), jnp.float32) for s in ((A,), (A,), ())]
     traj = Trajectory({"x": numbers[0]}, *numbers[1:], flags, flags, flags)
     return Toy(train._replace(params=params), traj, jax.jit(agent.update))
 
 
+def bias_of(actor):
+    """Biases of the policy's two outputs, mean and std [2A]."""
+    return jnp.concatenate([actor["mean"]["bias"], actor["std"]["bias"]])
+
+
+def set_bias(actor, bias, dead: bool = False):
+    """The policy with these biases [2A]; dead: with kernels of zero, so that nothing else matters."""
+    heads = zip(("mean", "std"), jnp.split(bias, 2))
+    return actor | {
+        name: {"kernel": actor[name]["kernel"] * (1 - dead), "bias": value} for name, value in heads
+    }
+
+
 def with_bias(toy: Toy, bias) -> dreamer.TrainState:
-    actor = toy.train.params["actor"]
-    actor = {**actor, "out": {**actor["out"], "bias": bias}}
-    return toy.train._replace(params={**toy.train.params, "actor": actor})
+    return toy.train._replace(params={**toy.train.params, "actor": set_bias(toy.train.params["actor"], bias)})
 
 
 def test_dynamics_gradient_equals_finite_differences():
     """Through three imagined steps: samples, dynamics, rewards, lambda-return and the critic's bootstrap."""
     toy = make_toy(actor_grad="dynamics")
-    bias, key = toy.train.params["actor"]["out"]["bias"], jax.random.key(3)
-    ours = toy.update(toy.train, toy.traj, key)[0].opt["actor"]["out"]["bias"]
+    bias, key = bias_of(toy.train.params["actor"]), jax.random.key(3)
+    ours = bias_of(toy.update(toy.train, toy.traj, key)[0].opt["actor"])
 
     def loss(bias):
         return float(toy.update(with_bias(toy, bias), toy.traj, key)[1].metrics["actor_loss"])
@@ -457,10 +469,7 @@ def test_reinforce_and_dynamics_estimate_the_same_gradient():
     gradients, errors = {}, {}
     for name in ("dynamics", "reinforce"):
         toy = make_toy(batch=4000, actor_grad=name, horizon=1)
-        runs = [
-            toy.update(toy.train, toy.traj, jax.random.key(i))[0].opt["actor"]["out"]["bias"]
-            for i in range(4)
-        ]
+        runs = [bias_of(toy.update(toy.train, toy.traj, jax.random.key(i))[0].opt["actor"]) for i in range(4)]
         gradients[name], errors[name] = np.mean(runs, 0), np.std(runs, 0) / 2
     # Analytic, for the mean's pre-activation u: d/du E[-(y - 0.3)^2] = -2 (E[y] - 0.3) (1 - tanh^2(u)), plus the
     # bootstrap, which is left out by comparing estimators with each other.
@@ -478,7 +487,7 @@ def test_imagined_return_is_the_lambda_return():
     # A policy of mean tanh(0.2) and the smallest standard deviation.
     bias = jnp.array([0.2, 0.2, -50.0, -50.0])
     train = with_bias(toy, bias)
-    actor = {**train.params["actor"], "out": {"kernel": jnp.zeros((BASE.units, 2 * A)), "bias": bias}}
+    actor = set_bias(train.params["actor"], bias, dead=True)
     train = train._replace(params={"model": {}, "critic": dead, "actor": actor})
     metrics = [toy.update(train, toy.traj, jax.random.key(i))[1].metrics for i in range(200)]
     x = np.asarray(toy.traj.obs["x"], np.float64)
@@ -506,7 +515,7 @@ def test_replayed_values_bootstrap_from_imagined_returns():
     toy = make_toy(**config)
     # One imagined step with a policy of (nearly) no freedom: R_0 of every state is known but for its noise.
     bias = jnp.array([0.2, 0.2, -50.0, -50.0])
-    actor = {**toy.train.params["actor"], "out": {"kernel": jnp.zeros((BASE.units, 2 * A)), "bias": bias}}
+    actor = set_bias(toy.train.params["actor"], bias, dead=True)
     dead = jax.tree.map(jnp.zeros_like, toy.train.params["critic"])
     train = toy.train._replace(params={"model": {}, "critic": dead, "actor": actor}, slow=dead)
     got = float(toy.update(train, toy.traj, jax.random.key(0))[1].metrics["replay_value_loss"])
