@@ -372,7 +372,7 @@ def test_actor_gradient_without_advantage_is_the_entropy(pair):
     _, case = pair
     norm = case.train.return_norm._replace(high=jnp.float32(1e15))
     g = grads(case, return_norm=norm)["actor"]
-    out = g["out"]["bias"]
+    out = bias_of(g)
     assert (np.asarray(out[A:]) < 0).all()  # descending this gradient raises the standard deviations
     np.testing.assert_allclose(out[:A], 0, atol=1e-9)
 
