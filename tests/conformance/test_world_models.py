@@ -19,19 +19,13 @@ from mbrl.config import config_type, load_factory, override
 from mbrl.types import ArraySpec, EnvSpec, Trajectory, WorldModel
 
 # Fields of each model's config that make it tiny.
+LATENT = dict(stoch=3, classes=4, units=16, hidden=8, encoder_layers=1, decoder_layers=1, bins=15)
+LATENT |= dict(bin_limit=4.0)  # bins of 1e8 with random weights would cancel to few digits
+SSM = LATENT | dict(width=8, layers=2, ssm_size=8, ssm_blocks=2)
 TINY = {
-    "rssm": dict(
-        stoch=3,
-        classes=4,
-        units=16,
-        deter=16,
-        hidden=8,
-        blocks=2,
-        encoder_layers=1,
-        decoder_layers=1,
-        bins=15,
-        bin_limit=4.0,  # bins of 1e8 with random weights would cancel to few digits
-    ),
+    "rssm": LATENT | dict(deter=16, blocks=2),
+    "s4wm": SSM,
+    "r2i": SSM | dict(deter=12),
 }
 
 T, B, A = 8, 3, 2
@@ -104,7 +98,7 @@ def case(request) -> Case:
     @jax.jit
     def imagine(params, ctx, states, action, key):
         """One step of [..., B] states with one key for all leading axes, and what is said of the result."""
-        step = lambda state: model.imagine_step(params, ctx, state, action, key)  # noqa: E731
+        step = lambda state: model.imagine_step(params, ctx, state, action, key)
         states = jax.vmap(step)(states)
         return model.features(params, states), model.predict(params, states)
 
@@ -283,7 +277,7 @@ def test_imagination_takes_any_leading_axes(case):
     """[T, B] at once equals the same states flattened, and predictions have just those axes."""
     seen = observe(case)
     action = jax.random.normal(jax.random.key(6), (T, B, A))
-    flatten = lambda tree: jax.tree.map(lambda x: x.reshape(T * B, *x.shape[2:]), tree)  # noqa: E731
+    flatten = lambda tree: jax.tree.map(lambda x: x.reshape(T * B, *x.shape[2:]), tree)
 
     def one(starts, action):
         state = case.model.imagine_init(case.params, starts, 3)
