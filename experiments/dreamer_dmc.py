@@ -70,6 +70,7 @@ def default_config(preset: str, world_model: str) -> Config:
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     model = override(model, {"dtype": dtype} | values["model"] | values.get(world_model, {}))
     agent = override(DreamerConfig(), values["agent"] | {"optimiser": values["optimiser"]})
+    agent = values["agent"] | values.get(f"agent/{world_model}", {})
     return Config(
         model,
         preset=preset,

@@ -1,7 +1,8 @@
 """Named settings of Dreamer: the published sizes, and small ones for a CPU. Flags override any field.
 
 A preset maps the parts of an experiment's config to field values. "model" holds fields that every latent
-world model has, "rssm" and the like those of one backbone.
+world model has, "rssm" and the like those of one backbone; "agent/transformer" and the like what behaviour
+needs with that backbone.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ def _published(deter: int, hidden: int, classes: int) -> Preset:
     return {
         "model": {"stoch": 32, "classes": classes, "units": hidden},
         "rssm": {"deter": deter, "hidden": hidden, "blocks": 8},
+        "s4wm": {"width": hidden, "hidden": hidden},
+        "r2i": {"width": hidden, "hidden": hidden, "deter": deter},
+        "transformer": {"width": hidden, "hidden": hidden, "heads": max(4, hidden // 64)},
+        "agent/transformer": {"replay_context": False},
         "agent": {"units": hidden},
         "optimiser": {},
         "loop": {},
@@ -26,6 +31,7 @@ def _published(deter: int, hidden: int, classes: int) -> Preset:
 def _small(deter: int, stoch: int, classes: int, layers: int) -> Preset:
     """For CPU cores: narrow and unblocked, a few random starts instead of all, the actor's gradient through
     the dynamics, Adam with a decaying learning rate. docs/results.md has the measurements behind it."""
+    stack = {"width": deter, "hidden": deter, "layers": 2, "prior_layers": 1}
     return {
         "model": {
             "stoch": stoch,
@@ -37,6 +43,10 @@ def _small(deter: int, stoch: int, classes: int, layers: int) -> Preset:
             "bin_limit": 8.0,
         },
         "rssm": {"deter": deter, "hidden": deter, "blocks": 1, "prior_layers": 1},
+        "s4wm": stack | {"ssm_size": deter // 2, "ssm_blocks": 4},
+        "r2i": stack | {"ssm_size": deter // 2, "ssm_blocks": 4, "deter": deter},
+        "transformer": stack | {"heads": 4, "window": 16},
+        "agent/transformer": {"replay_context": False},
         "agent": {
             "units": deter,
             "actor_layers": layers,

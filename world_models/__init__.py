@@ -4,4 +4,5 @@ REGISTRY = {
     "rssm": "world_models.rssm:make",
     "s4wm": "world_models.s4wm:make",
     "r2i": "world_models.s4wm:make_r2i",
+    "transformer": "world_models.transformer:make",
 }

@@ -16,6 +16,7 @@ from jax.flatten_util import ravel_pytree
 
 import world_models
 from mbrl.config import config_type, load_factory, override
+from mbrl.imagination import rollout
 from mbrl.types import ArraySpec, EnvSpec, Trajectory, WorldModel
 
 # Fields of each model's config that make it tiny.
@@ -26,6 +27,7 @@ TINY = {
     "rssm": LATENT | dict(deter=16, blocks=2),
     "s4wm": SSM,
     "r2i": SSM | dict(deter=12),
+    "transformer": LATENT | dict(width=8, layers=2, heads=2, window=3, concat_layers=True),
 }
 
 T, B, A = 8, 3, 2
@@ -271,6 +273,41 @@ def test_imagination_from_posteriors_equals_continuing(case):
         alone = jax.tree.map(lambda x: x[None], state)
         ours, said = case.imagine(case.params, start.ctx, alone, action, key)
         close((ours[0], said.reward[0], said.cont[0]), (features[t], prediction.reward[t], prediction.cont[t]))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_imagination_along_the_taken_actions(name):
+    """A latent of one class is known without seeing, so that imagining with the actions that were taken is
+    observing: from all posteriors at once, from the last ones alone, and from a few in any order."""
+    model, horizon = make_model(name, stoch=1, classes=1), 5
+    params, traj = randomise(jax.jit(model.init)(jax.random.key(0))), make_trajectory(0)
+    traj = traj._replace(is_first=jnp.zeros((T, B), bool).at[2, 1].set(True))
+    keys = jax.random.split(jax.random.key(1), T)
+
+    @jax.jit
+    def futures(params, traj):
+        """Features [H+1, ...] of what follows each start, in the three ways."""
+        seen = model.observe(params, model.init_state(params, B), traj, keys)
+        actions = jnp.stack([jnp.roll(traj.action, -1 - h, 0) for h in range(horizon)])
+        few = jnp.array([13, 2, 22, 13])
+
+        def imagine(select):
+            states = jax.tree.map(select, seen.starts.states)
+            given = jax.vmap(select)(actions)
+            starts = seen.starts._replace(states=states)
+            states, _ = rollout(model, params, starts, lambda f, k, t: given[t], jax.random.key(2), horizon)
+            return model.features(params, states)
+
+        flat = lambda x: x.reshape(T * B, *x.shape[2:])
+        return seen.features, imagine(lambda x: x), imagine(lambda x: x[-3:]), imagine(lambda x: flat(x)[few])
+
+    features, everything, last, few = futures(params, traj)
+    for h in range(horizon + 1):
+        for t in range(T - h):
+            columns = [0, 1, 2] if t >= 2 or t + h < 2 else [0, 2]  # column 1 begins an episode at step 2
+            close(everything[h, t, columns], features[t + h, columns])
+    close(last, everything[:, -3:])
+    close(few, everything.reshape(horizon + 1, T * B, -1)[:, [13, 2, 22, 13]])
 
 
 def test_imagination_takes_any_leading_axes(case):
