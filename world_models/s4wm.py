@@ -20,7 +20,7 @@ from mbrl import latent_model
 from mbrl.errors import UserError, check_at_least
 from mbrl.frame_posterior import FrameConfig, FrameLatent, clear, flat, previous, sample
 from mbrl.latent_model import Backbone
-from mbrl.networks import Dense, Linear, RMSNorm, apply
+from mbrl.networks import Linear, RMSNorm, apply
 from mbrl.recurrence import ScanImpl, linear_recurrence
 from mbrl.types import Array, EnvSpec, Starts, WorldModel
 
@@ -180,7 +180,7 @@ class S4WM(nn.Module):
         self.latent = FrameLatent(c)
         self.blocks = [Block(c) for _ in range(c.layers)]
         self.out_norm = RMSNorm() if c.prenorm else None
-        self.out = Dense(c.deter) if c.deter else None
+        self.out = Linear(c.deter) if c.deter else None
 
     def sequence(self, ssm: Array, x: Array, is_first: Array) -> tuple[Array, Array]:
         """h [T, B, D] and all states [T, B, L, 2, P] for inputs x [T, B, width] after the state [B, ...]."""

@@ -32,7 +32,7 @@ def make_agent(name: str, preset: str, **agent):
 @pytest.mark.parametrize("preset", ["xs", "size12m"])
 @pytest.mark.parametrize("name", world_models.REGISTRY)
 def test_dreamer_trains_on(name, preset):
-    """One update keeps every shape and dtype, and so does acting; the latents that replay stores are small."""
+    """One update keeps every shape and dtype, and so does acting; what replay stores is small."""
     agent = make_agent(name, preset)
 
     def run(key):
