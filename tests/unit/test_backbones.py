@@ -18,7 +18,7 @@ from world_models.s4wm import S4WMConfig
 from world_models.transformer import TransformerConfig
 
 SPEC = EnvSpec("task", {"x": ArraySpec((3,))}, ArraySpec((2,)))
-T, B = 6, 2
+T, B = 10, 4  # enough posteriors for the random starts of xs
 
 
 def make_agent(name: str, preset: str, **agent):
