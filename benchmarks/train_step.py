@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -145,6 +146,7 @@ def measure_case(preset: str, num_seeds: int, batch: int, length: int, repeats: 
         "num_seeds": num_seeds,
         "batch": [batch, length],
         "devices": len(seeds.mesh.devices),
+        "dtype": model.dtype,
         "params": sum(x.size for x in jax.tree.leaves(train.params)) // num_seeds,
         "train_step_seconds": seconds,
         "gflop_per_step": flops / 1e9,
@@ -226,7 +228,7 @@ def main() -> None:
         measure = {"step": measure_case, "loop": measure_loop}[case.pop("kind")]
         print(json.dumps(measure(**case)))
         return
-    figures = {"machine": machine(), "versions": versions(), "train_step": [], "loop": []}
+    figures: dict[str, Any] = {"machine": machine(), "versions": versions(), "train_step": [], "loop": []}
     batch, length = args.batch
     print("preset     seeds  step s  GFLOP  of matmul  policy ms  compile s cold/cached  peak MiB")
     for preset in args.presets:
@@ -250,6 +252,10 @@ def main() -> None:
                 f"update of all seeds, {row['frames_per_second']:.0f} frames/s in total",
                 flush=True,
             )
+    figures["fraction_of_matmul_rate"] = {
+        f"{row['preset']}, {row['num_seeds']} seeds": row["fraction_of_matmul_rate"]
+        for row in figures["train_step"]
+    }
     if args.json:
         with open(args.json, "w") as file:
             json.dump(figures, file, indent=2)

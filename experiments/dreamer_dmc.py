@@ -21,7 +21,7 @@ from mbrl.agents import dreamer
 from mbrl.agents.dreamer import DreamerConfig
 from mbrl.config import choose, config_type, differences, early_flags, load_factory, override, run_main
 from mbrl.drivers import Source
-from mbrl.errors import UserError
+from mbrl.errors import UserError, check_at_least
 from mbrl.latent_model import LatentConfig
 from mbrl.memory import check_memory
 from mbrl.presets import DREAMER as PRESETS
@@ -47,7 +47,7 @@ class Config:
     """First seed; members of a run are seed, seed + 1, ..."""
     num_seeds: int = 1
     """Independent runs in one compiled program (S)."""
-    steps: int = 100_000
+    steps: int = 80_000
     """Length of the run in simulator frames per seed, action repeat included."""
     run_dir: str = ""
     """Run folder; empty makes a new one under runs/."""
@@ -77,7 +77,6 @@ def default_config(preset: str, world_model: str) -> Config:
         world_model=world_model,
         agent=agent,
         loop=override(LoopConfig(), values["loop"]),
-        **values.get("run", {}),
     )
 
 
@@ -103,7 +102,8 @@ def resumed_config(argv: Sequence[str], run_dir: str) -> Config:
     use_cpu_devices(stored["num_seeds"])
     config = override(default_config(stored["preset"], stored["world_model"]), stored)
     config = dataclasses.replace(config, run_dir=run_dir, resume=True)
-    given = tyro.cli(Config, args=argv, default=config)
+    given = tyro.cli(Config, args=argv, default=dataclasses.replace(config, video=False, debug=False))
+    config = dataclasses.replace(config, video=given.video, debug=given.debug)
     if changed := differences(config, given):
         raise UserError(f"--resume continues a run as it was started, but {changed[0]} differs from it")
     return config
@@ -112,6 +112,7 @@ def resumed_config(argv: Sequence[str], run_dir: str) -> Config:
 def make_source(config: Config) -> Source:
     """The environment of the task, on the device or on the host."""
     repeat = config.loop.action_repeat
+    check_at_least("loop.action_repeat", repeat, 1)
     if envs.is_jax(config.task):
         env = envs.make_jax(config.task)
         return Source(env.spec, env)
@@ -128,13 +129,14 @@ def main(argv: Sequence[str]) -> None:
         use_debugging(config.num_seeds)
     make_model = load_factory("--world-model", config.world_model, world_models.REGISTRY)
     source = make_source(config)
+    loop = dataclasses.replace(config.loop, action_repeat=source.spec.action_repeat)
     length = config.loop.batch_length + int(config.agent.replay_context)
-    clock = make_clock(config.loop, config.steps, length)
+    clock = make_clock(loop, config.steps, length)
     seeds = Seeds.make(config.seed, config.num_seeds)
     model = make_model(config.model, source.spec)
     agent = dreamer.make(config.agent, source.spec, model, config.model.discount, clock.total_updates)
-    run = Run(agent, source, seeds, config.loop, clock, length)
-    check_memory(run.shapes(), print)
+    run = Run(agent, source, seeds, loop, clock, length)
+    check_memory(run, print)
     run_dir = config.run_dir or time.strftime(f"runs/%Y%m%d-%H%M%S-{config.task}-{config.preset}")
     if config.resume:
         folder = RunFolder.open_for_resume(run_dir)

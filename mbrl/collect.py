@@ -157,6 +157,6 @@ class HostCollector:
         }
 
     def set_state(self, state: dict[str, np.ndarray]) -> None:
-        tree = jax.tree.structure(self.begin())
+        tree = jax.tree.structure(self.begin())  # the pool checks its environments at their first reset
         self._carry = jax.tree.unflatten(tree, [state[f"carry/{i}"] for i in range(tree.num_leaves)])
         self.pool.set_state({k[5:]: v for k, v in state.items() if k.startswith("pool/")})

@@ -88,5 +88,5 @@ def run_main(main: Callable[[Sequence[str]], None]) -> None:
     except UserError as error:
         exit_with(error)
     except KeyboardInterrupt:
-        print("interrupted: continue from the last checkpoint with --resume", file=sys.stderr)
+        print("interrupted: --resume continues from the run folder's newest checkpoint", file=sys.stderr)
         raise SystemExit(130) from None

@@ -71,8 +71,11 @@ class BoundedNormal(NamedTuple):
     std: Float[Array, "*batch A"]
 
     def sample(self, key: Array) -> Float[Array, "*batch A"]:
-        """Reparameterised, so gradients flow to mean and std."""
-        return self.mean + self.std * jax.random.normal(key, self.mean.shape)
+        return self.at(jax.random.normal(key, self.mean.shape))
+
+    def at(self, noise: Float[Array, "*batch A"]) -> Float[Array, "*batch A"]:
+        """The sample that a standard normal ``noise`` gives; gradients flow to mean and std."""
+        return self.mean + self.std * noise
 
     def mode(self) -> Float[Array, "*batch A"]:
         return self.mean

@@ -40,6 +40,10 @@ class DeviceDriver:
         state, episodes = self.programs.prefill(state, keys, np.int32(iteration))
         return state, None, episodes
 
+    def faults(self) -> np.ndarray:
+        """Environment failures so far, per seed where they are counted."""
+        return np.zeros(1, int)
+
     def get_state(self) -> dict[str, np.ndarray]:
         return {}
 
@@ -67,6 +71,10 @@ class HostDriver:
         if learning:
             return *self.programs.learn(state, rows, latents, keys, np.int32(iteration)), episodes
         return self.programs.store(state, rows, latents), None, episodes
+
+    def faults(self) -> np.ndarray:
+        """Environment failures so far [S]."""
+        return self.collector.pool.faults.reshape(self.collector.shape).sum(1)
 
     def get_state(self) -> dict[str, np.ndarray]:
         return self.collector.get_state()

@@ -71,7 +71,7 @@ def make_host(agent: Agent, pool: HostPool, seeds: Seeds, episodes: int) -> Call
         timestep = jax.tree.map(batch, pool.step(action.reshape(-1, action.shape[-1]), first.reshape(-1)))
         returns, done, step = np.zeros(shape), np.zeros(shape, bool), 0
         limit = pool.spec.max_steps or MAX_STEPS
-        while not done.all() and step <= limit:
+        while not done.all() and step < limit:
             action, actor = program(train, actor, timestep.obs, first, keys, step)
             flat = np.asarray(action).reshape(-1, action.shape[-1])
             # An episode that is over is reset and goes on uncounted, so that the batch keeps its shape.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 
 from mbrl.errors import UserError
 from mbrl.programs import RunState
+from mbrl.train import Run
 
 GIB = 2**30
 
@@ -24,9 +25,9 @@ def num_bytes(tree: Any) -> int:
     return sum(size(x) for x in jax.tree.leaves(tree))
 
 
-def available_bytes() -> int | None:
-    """Memory that the devices of this process offer together, or None where it is not known."""
-    stats = [device.memory_stats() for device in jax.local_devices()]
+def available_bytes(devices: Iterable[Any]) -> int | None:
+    """Memory that the devices offer together, or None where it is not known."""
+    stats = [device.memory_stats() for device in devices]
     if all(s and "bytes_limit" in s for s in stats):
         return sum(s["bytes_limit"] - s.get("bytes_in_use", 0) for s in stats)
     try:
@@ -37,22 +38,24 @@ def available_bytes() -> int | None:
         return None
 
 
-def plan(state: RunState) -> dict[str, int]:
+def plan(state: RunState, copies: bool) -> dict[str, int]:
     """Bytes by purpose, over all seeds. An update keeps the old and the new learner until it is accepted,
-    and gradients beside them."""
+    and gradients beside them. copies: seeds take turns on a device, which copies what they hold."""
     learner = num_bytes(state.train)
     gradients = num_bytes(getattr(state.train, "params", state.train))
     return {
-        "replay": num_bytes(state.replay),
+        "replay": num_bytes(state.replay) * (2 if copies else 1),
         "learner": learner,
         "update (copy and gradients)": learner + gradients,
         "acting": num_bytes((state.actor, state.env)),
     }
 
 
-def check_memory(state: RunState, say: Callable[[str], None]) -> None:
-    """Prints the plan of an abstract state with seed axis; UserError when it cannot fit."""
-    parts, available = plan(state), available_bytes()
+def check_memory(run: Run, say: Callable[[str], None]) -> None:
+    """Says what a run will take, before anything is allocated; UserError when it cannot fit."""
+    seeds = run.seeds
+    copies = seeds.loop and len(seeds) > seeds.mesh.size
+    parts, available = plan(run.shapes(), copies), available_bytes(seeds.mesh.devices.flat)
     total = sum(parts.values())
     text = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
     say(
@@ -64,7 +67,7 @@ def check_memory(state: RunState, say: Callable[[str], None]) -> None:
         raise UserError(
             f"the run needs {_size(total)} of memory but {_size(available)} are free; the largest part is "
             f"{name} with {_size(parts[name])}: lower "
-            + ("loop.replay_size, num_seeds" if name == "replay" else "num_seeds or the preset")
+            + ("loop.replay_size or num_seeds" if name == "replay" else "num_seeds or the preset")
         )
 
 

@@ -57,23 +57,31 @@ class Linear(nn.Module):
 
 
 class BlockLinear(nn.Module):
-    """Linear with a block-diagonal kernel: ``blocks`` contiguous groups of features that do not mix."""
+    """Linear with a block-diagonal kernel: ``blocks`` contiguous groups of features that do not mix.
+
+    ``shared`` features, if given, enter every block behind its own ones; they are multiplied once, as one
+    dense product, instead of being repeated per block.
+    """
 
     units: int
     blocks: int
     outscale: float = 1.0
 
     @nn.compact
-    def __call__(self, x: Shaped[Array, "*batch i"]) -> Shaped[Array, "*batch o"]:
-        g, fan_in = self.blocks, x.shape[-1]
-        shape = (g, fan_in // g, self.units // g)
-        kernel = self.param("kernel", trunc_normal_in(fan_in, self.outscale), shape).astype(x.dtype)
+    def __call__(
+        self, x: Shaped[Array, "*batch i"], shared: Shaped[Array, "*batch j"] | None = None
+    ) -> Shaped[Array, "*batch o"]:
+        g, own = self.blocks, x.shape[-1] // self.blocks
+        rows = own + (0 if shared is None else shared.shape[-1])
+        shape = (g, rows, self.units // g)
+        kernel = self.param("kernel", trunc_normal_in(g * rows, self.outscale), shape).astype(x.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.units,))
-        if g == 1:
-            y = x @ kernel[0]
-        else:
-            groups = x.reshape(*x.shape[:-1], g, fan_in // g)
-            y = jnp.einsum("...gi,gio->...go", groups, kernel).reshape(*x.shape[:-1], self.units)
+        # Blocks in front: XLA's batched product on a CPU is twice as fast that way.
+        groups = jnp.moveaxis(x.reshape(*x.shape[:-1], g, own), -2, 0)
+        flat = groups.reshape(g, -1, own) @ kernel[:, :own]
+        y = jnp.moveaxis(flat, 0, 1).reshape(*x.shape[:-1], self.units)
+        if shared is not None:
+            y = y + shared @ jnp.moveaxis(kernel[:, own:], 0, 1).reshape(-1, self.units)
         return y + bias.astype(x.dtype)
 
 

@@ -53,6 +53,7 @@ def _small(deter: int, stoch: int, classes: int, layers: int) -> Preset:
             "critic_layers": layers,
             "actor_grad": "dynamics",
             "actor_lr_scale": 0.3,
+            "noise_correlation": 0.9,
             "imag_starts": 64,
             "replay_bootstrap": "value",
             "scale_rec": 10.0,
@@ -70,11 +71,11 @@ def _small(deter: int, stoch: int, classes: int, layers: int) -> Preset:
         },
         "loop": {
             "num_envs": 4,
+            "collect_steps": 8,
             "batch_size": 16,
             "batch_length": 16,
             "train_ratio": 256.0,
             "prefill": 2000,
-            "prefill_random": True,
             "replay_size": 500_000,
         },
     }

@@ -34,7 +34,8 @@ class LoopConfig:
     num_envs: int = 16
     """Environments stepped side by side (E)."""
     action_repeat: int = 2
-    """Simulator frames per agent step; steps of the published curves count frames."""
+    """Simulator frames per agent step in dm_control (published curves count frames); JAX environments have
+    their own."""
     batch_size: int = 16
     """Sequences per update (B)."""
     batch_length: int = 64
@@ -42,10 +43,9 @@ class LoopConfig:
     train_ratio: float = 512.0
     """Replayed time steps per agent step, so updates per agent step are train_ratio / (B T)."""
     collect_steps: int = 0
-    """Steps of each environment between two bursts of updates; 0 takes the fewest that give whole updates,
-    at least 8."""
-    prefill: int = 1024
-    """Agent steps collected before the first update."""
+    """Steps of each environment between two bursts of updates; 0 takes the fewest that give whole updates."""
+    prefill: int = 0
+    """Agent steps collected before the first update; 0 waits for batch_size x batch_length sequences."""
     prefill_random: bool = False
     """Prefill with uniform random actions; otherwise with the untrained policy (published)."""
     replay_size: int = 5_000_000
@@ -96,7 +96,8 @@ def make_clock(config: LoopConfig, steps: int, length: int) -> Clock:
     for field in ("num_envs", "action_repeat", "batch_size", "chunk", "log_every", "eval_episodes"):
         check_at_least(f"loop.{field}", getattr(config, field), 1)
     check_at_least("loop.batch_length", config.batch_length, 2)
-    for field in ("prefill", "collect_steps", "eval_every", "checkpoint_every", "freeze_after"):
+    check_at_least("loop.freeze_after", config.freeze_after, 1)
+    for field in ("prefill", "collect_steps", "eval_every", "checkpoint_every"):
         check_at_least(f"loop.{field}", getattr(config, field), 0)
     if not config.train_ratio > 0:
         raise UserError(f"loop.train_ratio is {config.train_ratio}, it must be above 0")
@@ -104,7 +105,13 @@ def make_clock(config: LoopConfig, steps: int, length: int) -> Clock:
     scale = 1_000_000  # ratios are decimal numbers: compare them as integers
     ratio = round(config.train_ratio * scale) * config.num_envs
     fewest = per_update * scale // gcd(per_update * scale, ratio)
-    rows = config.collect_steps or fewest * ceil(8 / fewest)
+    rows = config.collect_steps or fewest
+    if fewest > 100_000:
+        raise UserError(
+            f"loop.train_ratio {config.train_ratio:g} needs {fewest} steps of every environment for a whole "
+            f"number of updates, at most 100000 are allowed: choose a ratio that is a simple fraction of "
+            f"{per_update} / {config.num_envs}"
+        )
     if (rows * ratio) % (per_update * scale):
         raise UserError(
             f"loop.train_ratio {config.train_ratio:g} with {config.num_envs} environments, "
@@ -113,24 +120,19 @@ def make_clock(config: LoopConfig, steps: int, length: int) -> Clock:
             f"use a multiple of {fewest} as loop.collect_steps"
         )
     frames = rows * config.num_envs * config.action_repeat
-    if rows > 100_000:
-        raise UserError(
-            f"loop.train_ratio {config.train_ratio:g} needs {rows} steps of every environment for one whole "
-            f"number of updates, at most 100000 are allowed: choose a ratio that is a simple fraction of "
-            f"{per_update} / {config.num_envs}"
-        )
 
     def chunks(iterations):
         return ceil(iterations / config.chunk) * config.chunk
 
-    prefill = chunks(max(1, ceil(max(config.prefill / config.num_envs, length) / rows)))
+    prefill = config.prefill or per_update + config.num_envs * (length - 1)
+    prefill = chunks(max(1, ceil(max(prefill / config.num_envs, length) / rows)))
     total = chunks(max(1, ceil(steps / frames)))
     if total <= prefill:
         raise UserError(
             f"steps is {steps} frames, but the first {prefill * frames} only fill replay: "
             f"use more than {prefill * frames}, or a smaller loop.prefill"
         )
-    capacity = min(max(config.replay_size // config.num_envs, length + rows), total * rows)
+    capacity = min(config.replay_size // config.num_envs, total * rows)
     if config.replay_size // config.num_envs < length + rows:
         raise UserError(
             f"loop.replay_size is {config.replay_size}, it must be at least "
@@ -166,8 +168,8 @@ def stream(key: Array, name: int, clock: Array | int) -> Array:
 
 
 def all_finite(tree: PyTree) -> Array:
-    """Whether every floating-point number of the tree is finite. By a maximum per leaf: XLA repeats a reduction
-    of booleans inside every selection that depends on it, which doubles the compile time of an update."""
+    """Whether every floating-point number of the tree is finite. By a maximum per leaf: XLA repeats a
+    reduction of booleans inside every selection that depends on it, which doubles the compile time."""
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
     return jnp.isfinite(jnp.stack([jnp.abs(x).max() for x in leaves])).all()
 
@@ -208,7 +210,8 @@ class Programs(NamedTuple):
     """The compiled programs of a run; all arguments and results carry the seed axis, the clock does not.
 
     init(keys) -> RunState
-    act(train, actor, obs, is_first, keys, step, *, random) -> (action, actor, latent): host only
+    act(train, actor, obs, is_first, keys, step) -> (action, actor, latent): host
+    act_random: likewise, for prefill
     store(state, rows, latents) -> state: host prefill
     learn(state, rows, latents, keys, iteration) -> (state, metrics): host
     prefill(state, keys, iteration) -> (state, Episodes): device
@@ -281,12 +284,16 @@ def make_programs(
             return state, (metrics, episodes)
 
         state, (metrics, episodes) = jax.lax.scan(body, state, jnp.arange(config.chunk))
-        return state, jax.tree.map(lambda x: x.mean(0), metrics), jax.tree.map(lambda x: x.sum(0), episodes)
+        totals = {name: metrics.pop(name)[-1] for name in ("rejected_updates", "frozen")}
+        means = jax.tree.map(lambda x: x.mean(0), metrics)
+        return state, means | totals, jax.tree.map(lambda x: x.sum(0), episodes)
 
+    policy = seeds.program(lambda *args: act(*args, random=False), shared=(5,))
+    explore = seeds.program(lambda *args: act(*args, random=True), shared=(5,))
     return Programs(
         init=seeds.program(init),
-        act=seeds.program(lambda *args: act(*args, random=False), shared=(5,)),
-        act_random=seeds.program(lambda *args: act(*args, random=config.prefill_random), shared=(5,)),
+        act=policy,
+        act_random=explore if config.prefill_random else policy,
         store=seeds.program(store, donate=0),
         learn=seeds.program(learn, shared=(4,), donate=0),
         prefill=seeds.program(prefill, shared=(2,), donate=0),

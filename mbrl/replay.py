@@ -85,7 +85,7 @@ def make(capacity: int, num_envs: int, batch: int, length: int, online: bool = T
             served = jnp.minimum(served + batch, jnp.maximum(available, served))
         time = (start + jnp.arange(length)[:, None]) % capacity
         traj = jax.tree.map(lambda x: x[time, env], state.data)
-        # An episode may have been abandoned without is_last (a resumed run): the next is_first says so.
+        # An episode may have been abandoned without is_last: the next is_first says so.
         ended = jnp.concatenate([traj.is_first[1:], jnp.zeros_like(traj.is_first[:1])])
         traj = traj._replace(is_last=traj.is_last | ended)
         return state._replace(served=served), Sampled(traj, time, env)
@@ -98,8 +98,3 @@ def make(capacity: int, num_envs: int, batch: int, length: int, online: bool = T
         return state._replace(data=state.data._replace(latent=jax.tree.map(write, state.data.latent, latent)))
 
     return Replay(init, add, sample, write_latent)
-
-
-def num_bytes(example: Transition, capacity: int) -> int:
-    """Bytes that a ring of ``capacity`` rows takes for one seed; ``example`` is one row [E, ...]."""
-    return capacity * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(example))

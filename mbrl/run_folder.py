@@ -17,7 +17,7 @@ import numpy as np
 
 from mbrl.errors import UserError
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "mujoco", "dm_control", "brax", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "mujoco", "dm_control", "numpy")
 # What shows that a folder already holds a run. An empty directory, or one with other files, is free.
 _OWN = ("config.json", "metrics.jsonl", "summary.json", "checkpoints")
 

@@ -59,7 +59,10 @@ def train(run: Run, folder: RunFolder, resume: bool = False, video: bool = False
         state = jax.block_until_ready(programs.init(keys))
     iteration, evaluations = 0, []  # evaluations: (frames, returns [S, episodes])
     if resume:
-        restored = checkpoints.restore(folder.checkpoints, state)
+        # Abstract: two states at once may not fit.
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        del state
+        restored = checkpoints.restore(folder.checkpoints, like)
         state, meta = restored.state, restored.meta
         iteration, evaluations = meta["iteration"], meta["evaluations"]
         timer.seconds = meta["seconds"] | {"compile": timer.seconds["compile"] + meta["seconds"]["compile"]}
@@ -85,7 +88,7 @@ def train(run: Run, folder: RunFolder, resume: bool = False, video: bool = False
             iteration += driver.stride
             frames, end = iteration * clock.frames, iteration == clock.total
             updates = max(0, iteration - clock.prefill) * clock.updates
-            monitor.add(frames, updates, metrics, ended)
+            monitor.add(frames, updates, metrics, ended, driver.faults())
             close = clock.total - iteration < due["evaluate"] // 2  # the final evaluation says it all
             evaluating = end or (learning and not close and iteration % due["evaluate"] == 0)
             saving = end or iteration % due["save"] == 0
@@ -139,14 +142,22 @@ class Monitor:
         self.seeds, self.logger, self.progress = seeds, logger, progress
         self.returns = np.full(len(seeds), np.nan)  # of the latest episodes
         self.frozen = np.zeros(len(seeds), bool)
+        self.faults = np.zeros(len(seeds), int)  # of environments, since the start of this process
         self.now: tuple[int, int, Any] = (0, 0, None)  # frames, updates, metrics
         self.ended: list[Episodes] = []
         self.due: tuple[Any, ...] | None = None
 
-    def add(self, frames: int, updates: int, metrics, ended: Episodes) -> None:
+    def add(self, frames: int, updates: int, metrics, ended: Episodes, faults: np.ndarray) -> None:
         """The results of an iteration, possibly still being computed."""
         self.now = (frames, updates, metrics)
         self.ended.append(ended)
+        self.progress.update(frames, self.returns, updates)
+        if faults.sum() > self.faults.sum() == 0:
+            self.progress.say(
+                f"an environment failed or returned numbers that are not finite at {frames:,} frames: its "
+                "episode ends there; env_faults in the metrics counts such events"
+            )
+        self.faults = faults
 
     def request(self, train_seconds: float) -> None:
         """Asks for a row of the latest iteration."""
@@ -165,8 +176,8 @@ class Monitor:
         self.returns = np.where(count > 0, episode_return, self.returns)
         values = {name: np.asarray(value, np.float64) for name, value in (metrics or {}).items()}
         values |= {"episode_return": episode_return, "episodes": count, "updates": updates}
+        values |= {"env_faults": self.faults} if self.faults.any() else {}
         self.logger.log(frames, values | {"time/train": train_seconds})
-        self.progress.update(frames, self.returns, updates)
         self._report_frozen(frames, values.get("frozen", self.frozen) > 0)
 
     def _report_frozen(self, frames: int, frozen) -> None:
@@ -181,7 +192,6 @@ class Timer:
     """Wall seconds by purpose; a context manager per purpose. compile includes the first calls' work."""
 
     def __init__(self):
-        self.began = time.perf_counter()
         self.seconds = {"compile": 0.0, "train": 0.0, "evaluate": 0.0, "save": 0.0}
 
     @contextmanager

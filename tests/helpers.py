@@ -69,9 +69,10 @@ def tiny_run(source: Source, seeds: Seeds, iterations: int = 100, agent: Any = N
     return Run(made, source, seeds, loop_config, clock, length)
 
 
-def on_one_device(*seeds: int) -> Seeds:
-    """These seeds, all on one device: the seed axis is a vmap and nothing else."""
-    return Seeds(seeds, Mesh(np.array(jax.devices()[:1]), ("seed",)))
+def on_one_device(*seeds: int, loop: bool = False) -> Seeds:
+    """These seeds, all on one device: the seed axis is a vmap (as on an accelerator), or a loop (as on a CPU),
+    and nothing else."""
+    return Seeds(seeds, Mesh(np.array(jax.devices()[:1]), ("seed",)), loop)
 
 
 def one_seed(tree: Any, index: int) -> Any:

@@ -121,8 +121,8 @@ class S5(nn.Module):
             return jax.random.uniform(key, (size,), minval=np.log(c.dt_min), maxval=np.log(c.dt_max))
 
         # The real part is -exp(rate_log): decaying whatever is learned.
-        self.rate_log = self.param("rate_log", constant(np.log(-rate.real)))
-        self.rate_imag = self.param("rate_imag", constant(rate.imag))
+        self.rate_log = self.param("rate_log", constant(np.log(-np.real(rate))))
+        self.rate_imag = self.param("rate_imag", constant(np.imag(rate)))
         self.step_log = self.param("step_log", init_dt)
         self.B = self.param("B", init_b)
         self.C = self.param("C", init_c)

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mbrl import losses, optimisers
 from mbrl.distributions import bounded_normal, one_hot, two_hot
 from mbrl.errors import UserError, check_at_least, check_between
 from mbrl.imagination import rollout
-from mbrl.networks import MLP, apply
+from mbrl.networks import MLP, Linear, apply
 from mbrl.optimisers import OptimiserConfig
 from mbrl.types import Agent, Array, EnvSpec, Starts, Trajectory, UpdateInfo, WorldModel
 
@@ -38,11 +40,14 @@ class DreamerConfig:
     imag_last: int = 0
     """Imagine from the last K steps of each sequence; 0 from all T."""
     imag_starts: int = 0
-    """Imagine from this many starts drawn at random per update; 0 from all."""
+    """Imagine from this many starts drawn at random per update; 0, or more than there are, from all."""
     lam: float = 0.95
     """Mixing weight of the lambda-return (lambda)."""
     min_std: float = 0.1
     """Smallest standard deviation of continuous actions, which lie in [-1, 1]; the largest is 1."""
+    noise_correlation: float = 0.0
+    """Correlation of the policy's noise from one step to the next while exploring continuous actions (0 is
+    white noise, published). Noise that lasts moves a body further; its distribution at a step is the same."""
     entropy: float = 3e-4
     """Weight of the policy's entropy (eta)."""
     scale_rec: float = 1.0
@@ -94,10 +99,27 @@ class TrainState(NamedTuple):
 
 
 class ActorState(NamedTuple):
-    """Carried while acting, per environment: the latent state and the previous action."""
+    """Carried while acting, per environment: the latent state, the previous action and its noise."""
 
     state: Any
     action: Array
+    noise: Array
+
+
+class Policy(nn.Module):
+    """MLP, then logits [..., A] of discrete actions, or mean and std outputs [..., 2A] of continuous ones:
+    two layers, because adaptive clipping works per tensor."""
+
+    layers: int
+    units: int
+    size: int
+    discrete: bool
+
+    @nn.compact
+    def __call__(self, features: Array) -> Array:
+        x = MLP(self.layers, self.units, name="mlp")(features)
+        names = ["logits"] if self.discrete else ["mean", "std"]
+        return jnp.concatenate([Linear(self.size, 0.01, name=name)(x) for name in names], -1)
 
 
 def check(config: DreamerConfig, spec: EnvSpec) -> None:
@@ -106,10 +128,12 @@ def check(config: DreamerConfig, spec: EnvSpec) -> None:
         check_at_least(f"agent.{name}", getattr(config, name), 1)
     for name in ("imag_last", "imag_starts", "entropy", "bin_limit", "slow_scale", "scale_replay_value"):
         check_at_least(f"agent.{name}", getattr(config, name), 0)
-    for name in ("lam", "min_std", "slow_rate", "return_rate", "actor_average"):
+    for name in ("lam", "min_std", "noise_correlation", "slow_rate", "return_rate", "actor_average"):
         check_between(f"agent.{name}", getattr(config, name), 0, 1)
     if config.bins < 3 or config.bins % 2 == 0:
         raise UserError(f"agent.bins is {config.bins}, it must be odd and at least 3")
+    if config.imag_last == 1:
+        raise UserError("agent.imag_last is 1, it must be 0 or at least 2: replayed returns need a next step")
     if config.actor_grad == "dynamics" and spec.action.classes is not None:
         raise UserError(f"agent.actor_grad is dynamics, but {spec.name} has discrete actions: use reinforce")
     if config.replay_bootstrap == "imagined" and config.imag_starts:
@@ -135,7 +159,7 @@ def make(
         )
     discrete = spec.action.classes is not None
     size = spec.action.size
-    actor = MLP(config.actor_layers, config.units, size if discrete else 2 * size, outscale=0.01)
+    actor = Policy(config.actor_layers, config.units, size, discrete)
     critic = MLP(config.critic_layers, config.units, config.bins, outscale=0.0)
     groups = {rf"^model/{k}": v for k, v in model.param_groups().items()}
     groups |= {
@@ -170,7 +194,16 @@ def make(
         )
 
     def init_actor(train: TrainState, batch: int) -> ActorState:
-        return ActorState(model.init_state(train.params["model"], batch), jnp.zeros((batch, size)))
+        state = model.init_state(train.params["model"], batch)
+        return ActorState(state, jnp.zeros((batch, size)), jnp.zeros((batch, size)))
+
+    def explore(dist, noise, is_first, key):
+        """An action, and the noise in it: autoregressive, standard normal at every step."""
+        if discrete:
+            return dist.sample(key), noise
+        rho, fresh = config.noise_correlation, jax.random.normal(key, noise.shape)
+        noise = jnp.where(is_first[:, None], fresh, rho * noise + (1 - rho**2) ** 0.5 * fresh)
+        return dist.at(noise), noise
 
     def act(train: TrainState, actor_state: ActorState, obs, is_first, key, mode: str):
         state_key, action_key = jax.random.split(key)
@@ -182,16 +215,20 @@ def make(
             train.actor_average if averaged else train.params["actor"],
             model.features(train.params["model"], state),
         )
-        action = dist.mode() if mode == "eval" else dist.sample(action_key)
+        noise = jnp.where(is_first[:, None], 0.0, actor_state.noise)
+        if mode == "eval":
+            action = dist.mode()
+        else:
+            action, noise = explore(dist, noise, is_first, action_key)
         info = {"latent": state if config.replay_context else ()}
-        return action, ActorState(state, action), info
+        return action, ActorState(state, action, noise), info
 
     def select_starts(starts: Starts, key) -> Starts:
         """Posterior states [T, B] -> starts: the last K of each sequence [K, B], or a random subset [N]."""
         states = jax.tree.map(lambda x: sg(x[-config.imag_last :]), starts.states)
-        if config.imag_starts:
+        total = int(np.prod(jax.tree.leaves(states)[0].shape[:2]))
+        if 0 < config.imag_starts < total:
             states = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), states)
-            total = jax.tree.leaves(states)[0].shape[0]
             index = jax.random.choice(key, total, (config.imag_starts,), replace=False)
             states = jax.tree.map(lambda x: x[index], states)
         return Starts(sg(starts.ctx), states)

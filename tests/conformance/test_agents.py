@@ -100,7 +100,9 @@ def make_case(config: DreamerConfig, spec: EnvSpec) -> Case:
     agent = make_agent(config, spec)
     train = randomise(jax.jit(agent.init)(jax.random.key(0)))
     act = jax.jit(agent.act, static_argnums=5)
-    return Case(spec, config, agent, train, make_trajectory(agent, train, config, spec), act, jax.jit(agent.update))
+    return Case(
+        spec, config, agent, train, make_trajectory(agent, train, config, spec), act, jax.jit(agent.update)
+    )
 
 
 def make_trajectory(agent: Agent, train, config: DreamerConfig, spec: EnvSpec, seed: int = 0) -> Trajectory:
@@ -117,7 +119,13 @@ def make_trajectory(agent: Agent, train, config: DreamerConfig, spec: EnvSpec, s
         state = agent.init_actor(train, B).state
         latent = jax.tree.map(lambda x: rng.normal(size=(rows, *x.shape)), state)
     traj = Trajectory(
-        {"state": rng.normal(size=(rows, B, 3))}, action, rng.normal(size=(rows, B)), first, last, last, latent
+        {"state": rng.normal(size=(rows, B, 3))},
+        action,
+        rng.normal(size=(rows, B)),
+        first,
+        last,
+        last,
+        latent,
     )
     return jax.tree.map(lambda x: jnp.asarray(x, bool if x.dtype == bool else jnp.float32), traj)
 
@@ -161,7 +169,7 @@ def test_act_shapes(case):
             assert np.isin(action, (0.0, 1.0)).all() and (action.sum(-1) == 1).all()
         elif mode == "eval":
             assert (np.abs(action) <= 1).all()
-        shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
+        shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
         assert shapes(after) == shapes(actor)
         same(after.action, action)
         same(info["latent"], after.state if case.config.replay_context else ())
@@ -171,7 +179,7 @@ def test_act_shapes(case):
 def test_act_modes(case):
     """Evaluation is deterministic given the key, exploration varies with it; states are the same in both."""
     actor, key = case.agent.init_actor(case.train, E), jax.random.key(0)
-    run = lambda mode, key: case.act(case.train, actor, obs_of(0), YES, key, mode)  # noqa: E731
+    run = lambda mode, key: case.act(case.train, actor, obs_of(0), YES, key, mode)
     same(run("eval", key), run("eval", key))
     assert len({run("train", jax.random.key(i))[0].tobytes() for i in range(20)}) > 1
     same(run("eval", key)[1].state, run("train", key)[1].state)
@@ -200,7 +208,7 @@ def test_is_first_clears_memory(case):
     middle = jnp.array([False, True, False])
     a = case.act(case.train, used, obs_of(5), middle, key, "eval")
     b = case.act(case.train, fresh, obs_of(5), middle, key, "eval")
-    at = lambda tree, i: jax.tree.map(lambda x: x[i], tree)  # noqa: E731
+    at = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
     same(at(a, 1), at(b, 1))
     for i in (0, 2):
         assert differ(at(a[1], i), at(b[1], i))
@@ -237,7 +245,7 @@ def test_update(case):
     # The last critic layer is all that a head fed by dead units could move; here everything must.
     assert not still
     assert again.updates == case.train.updates + 2
-    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
+    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     assert shapes(new) == shapes(case.train)
 
 
@@ -255,7 +263,10 @@ def test_moving_averages(case):
     close(new.slow, expected)
     if case.config.actor_average:
         decay, old = case.config.actor_average, case.train.actor_average
-        close(new.actor_average, jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, old, new.params["actor"]))
+        close(
+            new.actor_average,
+            jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, old, new.params["actor"]),
+        )
     else:
         assert new.actor_average == ()
     assert new.return_norm.high != 0 and new.return_norm.low <= new.return_norm.high
@@ -272,7 +283,7 @@ def test_initial_state_shares_no_buffers(case):
 def test_context_row(case):
     """With replay context the first row supplies its latent and nothing else; without, every row is trained."""
     other = make_trajectory(case.agent, case.train, case.config, case.spec, seed=5)
-    swap_row = lambda x, y: x.at[0].set(y[0])  # noqa: E731
+    swap_row = lambda x, y: x.at[0].set(y[0])
     rows = jax.tree.map(swap_row, case.traj._replace(latent=()), other._replace(latent=()))
     base = run_update(case)
     changed = run_update(case, traj=rows._replace(latent=case.traj.latent))
@@ -294,7 +305,9 @@ def test_context_row(case):
 def test_extreme_data(case, scale):
     """Observations and rewards of 0 or a million give finite metrics and parameters."""
     traj = case.traj._replace(
-        obs={"state": case.traj.obs["state"] * scale}, reward=case.traj.reward * scale, action=case.traj.action * scale
+        obs={"state": case.traj.obs["state"] * scale},
+        reward=case.traj.reward * scale,
+        action=case.traj.action * scale,
     )
     new, info = run_update(case, traj=traj)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((new, info)))
@@ -359,7 +372,7 @@ def test_actor_gradient_without_advantage_is_the_entropy(pair):
     _, case = pair
     norm = case.train.return_norm._replace(high=jnp.float32(1e15))
     g = grads(case, return_norm=norm)["actor"]
-    out = g["out"]["bias"]
+    out = bias_of(g)
     assert (np.asarray(out[A:]) < 0).all()  # descending this gradient raises the standard deviations
     np.testing.assert_allclose(out[:A], 0, atol=1e-9)
 
@@ -407,27 +420,39 @@ def make_toy(batch: int = B, **fields) -> Toy:
     spec = EnvSpec("toy", {"x": ArraySpec((A,))}, ArraySpec((A,)))
     agent = make_agent(config, spec, transparent_model())
     train = randomise(agent.init(jax.random.key(0)))
-    hidden = jax.tree.map(jnp.zeros_like, train.params["actor"]["dense0"])
+    actor = train.params["actor"]
+    hidden = jax.tree.map(jnp.zeros_like, actor["mlp"]["dense0"])
     hidden["linear"]["bias"] = jnp.ones(BASE.units)
     hidden["norm"]["scale"] = jnp.ones(BASE.units)
-    params = {**train.params, "actor": {**train.params["actor"], "dense0": hidden}}
+    params = {**train.params, "actor": {**actor, "mlp": {"dense0": hidden}}}
     rng, flags = np.random.default_rng(1), jnp.zeros((T, batch), bool)
     numbers = [jnp.asarray(rng.normal(size=(T, batch, *s)), jnp.float32) for s in ((A,), (A,), ())]
     traj = Trajectory({"x": numbers[0]}, *numbers[1:], flags, flags, flags)
     return Toy(train._replace(params=params), traj, jax.jit(agent.update))
 
 
+def bias_of(actor):
+    """Biases of the policy's two outputs, mean and std [2A]."""
+    return jnp.concatenate([actor["mean"]["bias"], actor["std"]["bias"]])
+
+
+def set_bias(actor, bias, dead: bool = False):
+    """The policy with these biases [2A]; dead: with kernels of zero, so that nothing else matters."""
+    heads = zip(("mean", "std"), jnp.split(bias, 2))
+    return actor | {
+        name: {"kernel": actor[name]["kernel"] * (1 - dead), "bias": value} for name, value in heads
+    }
+
+
 def with_bias(toy: Toy, bias) -> dreamer.TrainState:
-    actor = toy.train.params["actor"]
-    actor = {**actor, "out": {**actor["out"], "bias": bias}}
-    return toy.train._replace(params={**toy.train.params, "actor": actor})
+    return toy.train._replace(params={**toy.train.params, "actor": set_bias(toy.train.params["actor"], bias)})
 
 
 def test_dynamics_gradient_equals_finite_differences():
     """Through three imagined steps: samples, dynamics, rewards, lambda-return and the critic's bootstrap."""
     toy = make_toy(actor_grad="dynamics")
-    bias, key = toy.train.params["actor"]["out"]["bias"], jax.random.key(3)
-    ours = toy.update(toy.train, toy.traj, key)[0].opt["actor"]["out"]["bias"]
+    bias, key = bias_of(toy.train.params["actor"]), jax.random.key(3)
+    ours = bias_of(toy.update(toy.train, toy.traj, key)[0].opt["actor"])
 
     def loss(bias):
         return float(toy.update(with_bias(toy, bias), toy.traj, key)[1].metrics["actor_loss"])
@@ -444,7 +469,7 @@ def test_reinforce_and_dynamics_estimate_the_same_gradient():
     gradients, errors = {}, {}
     for name in ("dynamics", "reinforce"):
         toy = make_toy(batch=4000, actor_grad=name, horizon=1)
-        runs = [toy.update(toy.train, toy.traj, jax.random.key(i))[0].opt["actor"]["out"]["bias"] for i in range(4)]
+        runs = [bias_of(toy.update(toy.train, toy.traj, jax.random.key(i))[0].opt["actor"]) for i in range(4)]
         gradients[name], errors[name] = np.mean(runs, 0), np.std(runs, 0) / 2
     # Analytic, for the mean's pre-activation u: d/du E[-(y - 0.3)^2] = -2 (E[y] - 0.3) (1 - tanh^2(u)), plus the
     # bootstrap, which is left out by comparing estimators with each other.
@@ -462,7 +487,7 @@ def test_imagined_return_is_the_lambda_return():
     # A policy of mean tanh(0.2) and the smallest standard deviation.
     bias = jnp.array([0.2, 0.2, -50.0, -50.0])
     train = with_bias(toy, bias)
-    actor = {**train.params["actor"], "out": {"kernel": jnp.zeros((BASE.units, 2 * A)), "bias": bias}}
+    actor = set_bias(train.params["actor"], bias, dead=True)
     train = train._replace(params={"model": {}, "critic": dead, "actor": actor})
     metrics = [toy.update(train, toy.traj, jax.random.key(i))[1].metrics for i in range(200)]
     x = np.asarray(toy.traj.obs["x"], np.float64)
@@ -484,11 +509,13 @@ def test_imagined_return_is_the_lambda_return():
 def test_replayed_values_bootstrap_from_imagined_returns():
     """The replay loss equals the published formula from the metrics of the same states: each replayed state's
     own imagined return, in the right order, discounted by the agent's discount."""
-    config = dict(replay_context=False, replay_bootstrap="imagined", horizon=1, lam=1.0, actor_grad="dynamics")
+    config = dict(
+        replay_context=False, replay_bootstrap="imagined", horizon=1, lam=1.0, actor_grad="dynamics"
+    )
     toy = make_toy(**config)
     # One imagined step with a policy of (nearly) no freedom: R_0 of every state is known but for its noise.
     bias = jnp.array([0.2, 0.2, -50.0, -50.0])
-    actor = {**toy.train.params["actor"], "out": {"kernel": jnp.zeros((BASE.units, 2 * A)), "bias": bias}}
+    actor = set_bias(toy.train.params["actor"], bias, dead=True)
     dead = jax.tree.map(jnp.zeros_like, toy.train.params["critic"])
     train = toy.train._replace(params={"model": {}, "critic": dead, "actor": actor}, slow=dead)
     got = float(toy.update(train, toy.traj, jax.random.key(0))[1].metrics["replay_value_loss"])
@@ -497,7 +524,9 @@ def test_replayed_values_bootstrap_from_imagined_returns():
     assert got == pytest.approx(2 * np.log(BASE.bins), rel=1e-4)
     train = train._replace(params={**train.params, "critic": sloped})
     values = two_hot(jnp.linspace(-1, 1, BASE.bins), BASE.bin_limit)
-    runs = [toy.update(train, toy.traj, jax.random.key(i))[1].metrics["replay_value_loss"] for i in range(100)]
+    runs = [
+        toy.update(train, toy.traj, jax.random.key(i))[1].metrics["replay_value_loss"] for i in range(100)
+    ]
     x, reward = np.asarray(toy.traj.obs["x"], np.float64), np.asarray(toy.traj.reward, np.float64)
     arrived = 0.8 * x + np.tanh(0.2)
     boot = (-((arrived - 0.3) ** 2) - 0.01).sum(-1) + CONT * float(values.mean())

@@ -119,7 +119,9 @@ def case(request) -> Case:
 
 def observe(case: Case, traj: Trajectory | None = None, keys=None, state=None):
     state = case.init_state(case.params, B) if state is None else state
-    return case.observe(case.params, state, case.traj if traj is None else traj, case.keys if keys is None else keys)
+    return case.observe(
+        case.params, state, case.traj if traj is None else traj, case.keys if keys is None else keys
+    )
 
 
 def step_through(case: Case, traj: Trajectory):
@@ -209,7 +211,9 @@ def test_is_first_equals_a_fresh_state(case):
     action, yes = case.traj.action[0], jnp.ones(B, bool)
     fresh = case.init_state(case.params, B)
     used = step_through(case, case.traj)[-1]
-    broken = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan) if jnp.issubdtype(x.dtype, jnp.floating) else x, used)
+    broken = jax.tree.map(
+        lambda x: jnp.full_like(x, jnp.nan) if jnp.issubdtype(x.dtype, jnp.floating) else x, used
+    )
     args = obs, yes, case.keys[0]
     expected = case.step(case.params, fresh, jnp.zeros_like(action), *args)
     same(features_of(case, expected), features_of(case, case.step(case.params, used, action, *args)))
@@ -232,7 +236,7 @@ def test_batch_entries_are_independent(case):
     b = observe(case, mixed)
     assert (np.asarray(a.features[:, 1]) != np.asarray(b.features[:, 1])).any()
     for column in (0, 2):
-        close(*(jax.tree.map(lambda x: x[:, column], (o.features, o.losses)) for o in (a, b)))  # noqa: B023
+        close(*(jax.tree.map(lambda x: x[:, column], (o.features, o.losses)) for o in (a, b)))
 
 
 def gradient(case: Case, traj: Trajectory, weight, state=None):
@@ -272,7 +276,9 @@ def test_imagination_from_posteriors_equals_continuing(case):
         state = case.model.imagine_init(case.params, start, 1)
         alone = jax.tree.map(lambda x: x[None], state)
         ours, said = case.imagine(case.params, start.ctx, alone, action, key)
-        close((ours[0], said.reward[0], said.cont[0]), (features[t], prediction.reward[t], prediction.cont[t]))
+        close(
+            (ours[0], said.reward[0], said.cont[0]), (features[t], prediction.reward[t], prediction.cont[t])
+        )
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -390,7 +396,9 @@ def test_continue_head_learns_the_discount(case):
         pytest.skip("this model has no continue head")
     cont = np.asarray(case.model.predict(case.params, seen.starts.states).cont, np.float64)
     target = (1 - 1 / 333) * (1 - np.asarray(case.traj.is_terminal, np.float64))
-    np.testing.assert_allclose(seen.losses["cont"], -target * np.log(cont) - (1 - target) * np.log1p(-cont), rtol=1e-4)
+    np.testing.assert_allclose(
+        seen.losses["cont"], -target * np.log(cont) - (1 - target) * np.log1p(-cont), rtol=1e-4
+    )
 
 
 # Robustness ------------------------------------------------------------------------------------------------
@@ -452,7 +460,8 @@ def test_vmapped_seeds_equal_a_loop(case):
         one = jax.tree.map(lambda x, i=i: x[i], (params, trajs))
         alone = case.observe(one[0], state, one[1], keys[i])
         close(
-            jax.tree.map(lambda x, i=i: x[i], (together.features, together.losses)), (alone.features, alone.losses)
+            jax.tree.map(lambda x, i=i: x[i], (together.features, together.losses)),
+            (alone.features, alone.losses),
         )
 
 

@@ -25,7 +25,9 @@ from mbrl.types import Agent, ArraySpec, EnvSpec, JaxEnv, TimeStep
 from tests.helpers import as_numpy, on_one_device, tiny_run
 
 LENGTH, E = 5, 3
-SPEC = EnvSpec("echo", {"echo": ArraySpec((2,)), "step": ArraySpec((), "int32", 8)}, ArraySpec((2,)), 1, LENGTH)
+SPEC = EnvSpec(
+    "echo", {"echo": ArraySpec((2,)), "step": ArraySpec((), "int32", 8)}, ArraySpec((2,)), 1, LENGTH
+)
 
 # An environment that shows everything: the action it was given, and the steps since its reset. The reward is ten
 # times the first action. Episodes of 5 steps end by a terminal where the last first action is positive, else by
@@ -82,10 +84,6 @@ class EchoHost:
 # Collectors ------------------------------------------------------------------------------------------------
 
 
-class Scripted(jax.tree_util.Partial):
-    """Placeholder for the type checker; see `scripted_agent`."""
-
-
 def scripted_agent() -> Agent:
     """Actions are a fixed function of how often the policy was called and of what it was shown, so that both
     collectors must ask the same questions to get the same rows."""
@@ -132,7 +130,7 @@ def host_collect(collector: HostCollector, actor, steps: int):
     agent = scripted_agent()
 
     def act(actor, obs, is_first, i):
-        run = lambda *args: agent.act((), *args, jax.random.key(0), "train")  # noqa: E731
+        run = lambda *args: agent.act((), *args, jax.random.key(0), "train")
         action, actor, info = jax.vmap(run)(actor, obs, is_first)
         return action, actor, info["latent"]
 
@@ -155,9 +153,11 @@ def host_rows():
 def test_collectors_give_the_same_rows(device_rows, host_rows):
     """Every field of every row, its dtype, and the episodes: the host's numbers are the device's."""
     for seed in range(2):
-        for a, b in zip(jax.tree.leaves(device_rows), jax.tree.leaves(jax.tree.map(lambda x: x[seed], host_rows))):  # noqa: B023
+        for a, b in zip(
+            jax.tree.leaves(device_rows), jax.tree.leaves(jax.tree.map(lambda x: x[seed], host_rows))
+        ):
             np.testing.assert_allclose(a, b, atol=1e-6)
-    dtypes = lambda rows: jax.tree.map(lambda x: x.dtype, rows)  # noqa: E731
+    dtypes = lambda rows: jax.tree.map(lambda x: x.dtype, rows)
     assert dtypes(device_rows[0]) == dtypes(host_rows[0])
 
 
@@ -197,7 +197,9 @@ def test_exploring_rows_hold_the_actions_taken():
     rows, actions = as_numpy(rows), np.asarray(rows.action)[~np.asarray(rows.is_first)]
     np.testing.assert_array_equal(rows.obs["echo"], rows.action)
     assert (np.abs(actions) <= 1).all() and 0.4 < actions.std() < 0.75 and abs(actions.mean()) < 0.2
-    np.testing.assert_array_equal(np.asarray(actor.action)[~np.asarray(carry.is_first)], carry.action[~carry.is_first])
+    np.testing.assert_array_equal(
+        np.asarray(actor.action)[~np.asarray(carry.is_first)], carry.action[~carry.is_first]
+    )
 
 
 def test_host_collector_resumes(host_rows):
@@ -239,22 +241,27 @@ def test_each_program_compiles_once(where, caplog):
     state = programs.init(keys)
     for i in range(5):
         before, learning = jax.tree.leaves(state), i >= run.clock.prefill
-        steady = i not in (0, run.clock.prefill)
-        with jax.log_compiles(steady), caplog.at_level(logging.WARNING):
+        caplog.clear()
+        with jax.log_compiles(), caplog.at_level(logging.WARNING):
             state, metrics, episodes = driver.advance(state, keys, i, learning)
-        compiled = [r.getMessage() for r in caplog.records if "ompiling" in r.getMessage()]
-        assert not (steady and compiled), compiled
+        compiled = [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()]
+        assert bool(compiled) == (i in (0, run.clock.prefill)), compiled
         assert (metrics is not None) == learning and episodes.count.shape == (2,)
         # The clock's key and constants may survive; what is large may not.
         alive = sum(x.nbytes for x in before if not x.is_deleted())
-        assert alive == 0 if where == "device" else alive <= sum(x.nbytes for x in jax.tree.leaves(state.actor))
-    assert {name: getattr(programs, name)._cache_size() for name in USED[where]} == dict.fromkeys(USED[where], 1)
+        assert (
+            alive == 0 if where == "device" else alive <= sum(x.nbytes for x in jax.tree.leaves(state.actor))
+        )
+    assert {name: getattr(programs, name)._cache_size() for name in USED[where]} == dict.fromkeys(
+        USED[where], 1
+    )
     assert state.train.updates.tolist() == [3 * run.clock.updates] * 2
     assert np.asarray(state.replay.inserted).tolist() == [5 * run.clock.rows] * 2
     assert all(x.shape == (2,) and np.isfinite(x).all() for x in metrics.values())
     rows = as_numpy(state.replay.data)
     np.testing.assert_array_equal(rows.obs["echo"], rows.action)
-    assert all_finite(state.train)
+    # On the host: several reductions over two CPU devices at once can wait for each other for ever.
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(as_numpy(state.train)))
 
 
 # The clock -------------------------------------------------------------------------------------------------

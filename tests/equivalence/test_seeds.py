@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -59,28 +58,42 @@ def healthy(vmapped, filled):
     return vmapped.learn(filled, KEYS)
 
 
-def test_seeds_equal_seeds_alone(filled, healthy):
-    """Parameters, optimiser, replay, environments and metrics of each seed are those of a run of this seed
-    alone, from its initialisation to its eighth update. One program serves every single seed."""
-    alone = Runner(on_one_device(0))
-    for i, seed in enumerate((0, 1)):
+@pytest.fixture(scope="module")
+def alone():
+    """(state after prefill, state and metrics after learning) of each seed in a run of its own, stacked. One
+    program serves every single seed."""
+    runner, parts = Runner(on_one_device(0)), []
+    for seed in (0, 1):
         keys = on_one_device(seed).keys()
-        start = alone.fill(keys)
-        assert_close(one_seed(start, 0), one_seed(filled, i))
-        state, metrics = alone.learn(start, keys)
-        assert_close(one_seed(state, 0), one_seed(healthy[0], i))
-        assert_close(one_seed(metrics, 0), one_seed(healthy[1], i), 1e-4)
+        start = runner.fill(keys)
+        parts.append((start, *runner.learn(start, keys)))
+    return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+
+
+def test_batched_seeds_equal_seeds_alone(alone, filled, healthy):
+    """Parameters, optimiser, replay, environments and metrics of each seed are those of a run of this seed
+    alone, from its initialisation to its eighth update, but for the rounding of batched products."""
+    start, state, metrics = alone
+    assert_close(start, filled)
+    assert_close(state, healthy[0])
+    assert_close(metrics, healthy[1], 1e-4)
     assert healthy[0].train.updates.tolist() == [8, 8]
 
 
-def test_seeds_over_devices_equal_seeds_on_one(filled, healthy):
-    """The seed axis sharded over two virtual devices: the same numbers, spread."""
+def test_seeds_in_turns_equal_seeds_alone(alone):
+    """Seeds that share a CPU device take turns: bit-equal to runs of their own."""
+    seeds = on_one_device(0, 1, loop=True)
+    assert_same(Runner(seeds).learn(alone[0], seeds.keys()), alone[1:])
+
+
+def test_seeds_over_devices_equal_seeds_alone(alone):
+    """The seed axis sharded over two virtual devices: bit-equal again, and spread."""
     seeds = Seeds.make(0, 2)
     if len(seeds.mesh.devices) < 2:
         pytest.skip("needs two devices, virtual ones will do")
     sharded = Runner(seeds)
-    assert_close(sharded.learn(filled, seeds.keys())[0], healthy[0])
-    state = jax.device_put(filled, seeds.sharding)
+    assert_same(sharded.learn(alone[0], seeds.keys()), alone[1:])
+    state = jax.device_put(alone[0], seeds.sharding)
     state, _, _ = sharded.driver.advance(state, seeds.keys(), 2, learning=True)
     assert all(x.sharding.is_equivalent_to(seeds.sharding, x.ndim) for x in jax.tree.leaves(state))
 
@@ -140,7 +153,9 @@ def test_a_bad_batch_never_reaches_the_parameters(vmapped, filled, value):
     critic, optimiser and stored latents of that seed stay as they were, the other seed is bit-equal. When the
     data are good again, learning goes on."""
     data = filled.replay.data
-    broken = filled._replace(replay=filled.replay._replace(data=data._replace(obs=poison(data.obs, 1, value))))
+    broken = filled._replace(
+        replay=filled.replay._replace(data=data._replace(obs=poison(data.obs, 1, value)))
+    )
     state, _ = vmapped.learn(broken, KEYS, 1)
     assert_same(one_seed(state.train, 1), one_seed(broken.train, 1))
     assert state.health.rejected.tolist() == [0, 2] and state.health.consecutive.tolist() == [0, 2]

@@ -69,7 +69,9 @@ def assert_one_hot(sample):
 def test_one_hot_is_exact(name, uniform, monkeypatch):
     """A sample is exactly one-hot for any probabilities and any uniform, 0 and the largest below 1 included,
     and never a class of probability 0."""
-    monkeypatch.setattr(jax.random, "uniform", lambda key, shape, *args: jnp.full(shape, uniform, jnp.float32))
+    monkeypatch.setattr(
+        jax.random, "uniform", lambda key, shape, *args: jnp.full(shape, uniform, jnp.float32)
+    )
     for unimix in (0.0, 0.01):
         dist = one_hot(jnp.array(EXTREME[name]), unimix)
         sample = dist.sample(KEY)
@@ -151,7 +153,9 @@ def test_bounded_normal_starts_wide_and_stays_bounded():
 
 def test_bounded_normal_samples():
     """Kolmogorov-Smirnov of each action, and the reparameterised gradient."""
-    dist = BoundedNormal(jnp.tile(jnp.array([0.5, -0.9]), (20_000, 1)), jnp.tile(jnp.array([0.1, 0.7]), (20_000, 1)))
+    dist = BoundedNormal(
+        jnp.tile(jnp.array([0.5, -0.9]), (20_000, 1)), jnp.tile(jnp.array([0.1, 0.7]), (20_000, 1))
+    )
     sample = np.asarray(dist.sample(KEY))
     for i, (mean, std) in enumerate([(0.5, 0.1), (-0.9, 0.7)]):
         assert scipy.stats.kstest(sample[:, i], scipy.stats.norm(mean, std).cdf).pvalue > 1e-3
@@ -206,7 +210,9 @@ def test_twohot_edges(target):
     assert (weights * bins).sum() == pytest.approx(clipped, rel=1e-4, abs=1e-3)
     for value in (bins[0], bins[-1], bins[40], 0.0):
         weights = np.asarray(target_logits(value, 63, 8.0))
-        assert weights.argmax() == np.argmin(np.abs(bins - value)) and weights.max() == pytest.approx(1, abs=1e-5)
+        assert weights.argmax() == np.argmin(np.abs(bins - value)) and weights.max() == pytest.approx(
+            1, abs=1e-5
+        )
 
 
 @pytest.mark.parametrize("scale", [0.0, 3.0])

@@ -31,7 +31,7 @@ def counter_model() -> WorldModel:
 def test_closed_loop():
     """States include the start; action t is chosen from state t and leads to state t + 1; ctx is passed on."""
     starts = Starts(jnp.float32(2.0), {"x": jnp.array([1.0, 10.0])})
-    policy = lambda features, key, t: features + t  # noqa: E731
+    policy = lambda features, key, t: features + t
     states, actions = rollout(counter_model(), jnp.float32(1.0), starts, policy, KEY, 3)
     x, expected_x, expected_a = np.array([1.0, 10.0]), [np.array([1.0, 10.0])], []
     for t in range(3):
@@ -65,7 +65,7 @@ def test_keys_are_fresh_at_every_step():
         return {**following, "noise": jax.random.normal(key, (2,))}
 
     model = model._replace(imagine_init=noisy_init, imagine_step=noisy_step)
-    policy = lambda features, key, t: jax.random.normal(key, features.shape)  # noqa: E731
+    policy = lambda features, key, t: jax.random.normal(key, features.shape)
     starts = Starts(jnp.float32(1.0), {"x": jnp.zeros(2)})
     states, actions = rollout(model, 1.0, starts, policy, KEY, 5)
     used = np.concatenate([states["noise"][1:].ravel(), actions.ravel()])
@@ -80,7 +80,7 @@ def test_gradient_through_the_dynamics(horizon):
     starts = Starts(jnp.float32(3.0), {"x": jnp.zeros(())})
 
     def last(action):
-        first_only = lambda features, key, t: jnp.where(t == 0, action, 0.0)[None]  # noqa: E731
+        first_only = lambda features, key, t: jnp.where(t == 0, action, 0.0)[None]
         return rollout(counter_model(), 1.0, starts, first_only, KEY, horizon)[0]["x"][-1]
 
     assert jax.grad(last)(1.0) == pytest.approx(3.0 ** (horizon - 1))

@@ -79,7 +79,10 @@ def test_values_that_are_not_finite_become_null(tmp_path):
 
 @pytest.mark.parametrize("value", [np.zeros(3), np.zeros((2, 1)), np.zeros(1)])
 def test_wrong_shapes_are_named(tmp_path, value):
-    with Logger(tmp_path, range(2), tensorboard=False) as logger, pytest.raises(ValueError, match=r"loss .*\(2,\)"):
+    with (
+        Logger(tmp_path, range(2), tensorboard=False) as logger,
+        pytest.raises(ValueError, match=r"loss .*\(2,\)"),
+    ):
         logger.log(1, {"loss": value})
 
 

@@ -38,7 +38,9 @@ def sequences(draw):
     length = draw(st.integers(2, 12))
     number = st.floats(-10, 10, width=32)
     unit = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 1, width=32))
-    arrays = [draw(st.lists(entry, min_size=length, max_size=length)) for entry in (number, unit, number, unit)]
+    arrays = [
+        draw(st.lists(entry, min_size=length, max_size=length)) for entry in (number, unit, number, unit)
+    ]
     return [np.array(x, np.float32) for x in arrays]
 
 
@@ -60,7 +62,11 @@ def test_lambda_return_is_the_mixture_of_n_step_returns(sequence):
 
 def test_lambda_return_limits(strict_numerics):
     """lambda 0 is one step of bootstrapping, lambda 1 the discounted sum; a terminal (cont 0) hides the rest."""
-    reward, cont, value = jnp.array([9.0, 1.0, 2.0, 4.0]), jnp.array([9.0, 0.5, 0.5, 0.5]), jnp.arange(4.0) + 10
+    reward, cont, value = (
+        jnp.array([9.0, 1.0, 2.0, 4.0]),
+        jnp.array([9.0, 0.5, 0.5, 0.5]),
+        jnp.arange(4.0) + 10,
+    )
     np.testing.assert_allclose(losses.lambda_return(reward, cont, value, 0.0), [6.5, 8.0, 10.5])
     np.testing.assert_allclose(losses.lambda_return(reward, cont, value, 1.0), [4.625, 7.25, 10.5])
     ended = losses.lambda_return(reward, cont.at[2].set(0.0), value, 0.7)
@@ -165,7 +171,7 @@ def test_reinforce_gradients(strict_numerics):
     weight = jnp.array([0.5, 1.0])
     value = losses.reinforce_loss(log_prob, advantage, entropy, weight, 0.1)
     np.testing.assert_allclose(value, [-0.5 * (-2.0 + 0.05), -(6.0 + 0.07)], rtol=1e-6)
-    total = lambda *args: losses.reinforce_loss(*args, 0.1).sum()  # noqa: E731
+    total = lambda *args: losses.reinforce_loss(*args, 0.1).sum()
     gradients = jax.grad(total, argnums=(0, 1, 2, 3))(log_prob, advantage, entropy, weight)
     np.testing.assert_allclose(gradients[0], [-1.0, 3.0])
     np.testing.assert_allclose(gradients[2], [-0.05, -0.1], rtol=1e-6)
@@ -175,7 +181,7 @@ def test_reinforce_gradients(strict_numerics):
 def test_pathwise_gradients(strict_numerics):
     """The return is differentiated, the weight is not; descending the loss raises the return."""
     returns, entropy, weight = jnp.array([2.0, -3.0]), jnp.array([0.5, 0.7]), jnp.array([0.5, 1.0])
-    total = lambda *args: losses.pathwise_loss(*args, 0.1).sum()  # noqa: E731
+    total = lambda *args: losses.pathwise_loss(*args, 0.1).sum()
     gradients = jax.grad(total, argnums=(0, 1, 2))(returns, entropy, weight)
     np.testing.assert_allclose(gradients[0], [-0.5, -1.0])
     np.testing.assert_allclose(gradients[1], [-0.05, -0.1], rtol=1e-6)
@@ -185,13 +191,19 @@ def test_pathwise_gradients(strict_numerics):
 def test_critic_loss():
     """Weighted sum of both cross-entropies; neither target is differentiated."""
     logits = jax.random.normal(KEY, (3, 63))
-    returns, slow, weight = jnp.array([1.0, -2.0, 30.0]), jnp.array([0.0, 5.0, -1.0]), jnp.array([1.0, 0.5, 0.0])
+    returns, slow, weight = (
+        jnp.array([1.0, -2.0, 30.0]),
+        jnp.array([0.0, 5.0, -1.0]),
+        jnp.array([1.0, 0.5, 0.0]),
+    )
 
     def total(logits, returns, slow, scale=2.0):
         return losses.critic_loss(two_hot(logits, 8.0), returns, slow, weight, scale)
 
     dist = two_hot(logits, 8.0)
-    np.testing.assert_allclose(total(logits, returns, slow), weight * (dist.loss(returns) + 2 * dist.loss(slow)))
+    np.testing.assert_allclose(
+        total(logits, returns, slow), weight * (dist.loss(returns) + 2 * dist.loss(slow))
+    )
     gradients = jax.grad(lambda *args: total(*args).sum(), argnums=(0, 1, 2))(logits, returns, slow)
     assert np.abs(gradients[0][:2]).min(-1).max() > 0 and (gradients[0][2] == 0).all()
     assert (gradients[1] == 0).all() and (gradients[2] == 0).all()

@@ -21,7 +21,9 @@ def test_symlog_and_symexp_are_inverse(x):
     """Also far from 0, where symexp(symlog(x)) loses digits only as fast as the exponential amplifies them."""
     compressed = float(symlog(jnp.float32(x)))
     assert abs(compressed) <= abs(x) * (1 + 1e-6) and compressed * x >= 0
-    np.testing.assert_allclose(symexp(jnp.float32(compressed)), x, rtol=1e-6 * (1 + abs(compressed)), atol=1e-37)
+    np.testing.assert_allclose(
+        symexp(jnp.float32(compressed)), x, rtol=1e-6 * (1 + abs(compressed)), atol=1e-37
+    )
     np.testing.assert_allclose(compressed, np.sign(x) * np.log1p(abs(x)), rtol=1e-6, atol=1e-37)
 
 

@@ -17,7 +17,7 @@ import scipy.stats
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mbrl import replay
+from mbrl import memory, replay
 from mbrl.types import Transition
 
 CAPACITY, ENVS, BATCH, LENGTH = 11, 2, 3, 4
@@ -213,6 +213,5 @@ def test_dtypes_survive():
 def test_num_bytes():
     """What the memory plan prints is what is allocated."""
     state, *_ = programs()
-    one_row = jax.tree.map(lambda x: x[0], state.data)
     allocated = sum(x.nbytes for x in jax.tree.leaves(state.data))
-    assert replay.num_bytes(one_row, CAPACITY) == allocated
+    assert memory.num_bytes(jax.eval_shape(lambda: state.data)) == allocated
