@@ -21,7 +21,8 @@ from mbrl.types import ArraySpec, EnvSpec, Trajectory, WorldModel
 
 # Fields of each model's config that make it tiny.
 LATENT = dict(stoch=3, classes=4, units=16, hidden=8, encoder_layers=1, decoder_layers=1, bins=15)
-LATENT |= dict(bin_limit=4.0)  # bins of 1e8 with random weights would cancel to few digits
+# Bins of 1e8 with random weights would cancel to few digits; below the free nats the prior has no gradient.
+LATENT |= dict(bin_limit=4.0, free_nats=0.0)
 SSM = LATENT | dict(width=8, layers=2, ssm_size=8, ssm_blocks=2)
 TINY = {
     "rssm": LATENT | dict(deter=16, blocks=2),
