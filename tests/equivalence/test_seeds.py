@@ -87,12 +87,15 @@ def test_seeds_in_turns_equal_seeds_alone(alone):
 
 
 def test_seeds_over_devices_equal_seeds_alone(alone):
-    """The seed axis sharded over two virtual devices: bit-equal again, and spread."""
+    """The seed axis sharded over two virtual devices: equal but for the rounding of a program that is compiled
+    for two devices, and spread."""
     seeds = Seeds.make(0, 2)
     if len(seeds.mesh.devices) < 2:
         pytest.skip("needs two devices, virtual ones will do")
     sharded = Runner(seeds)
-    assert_same(sharded.learn(alone[0], seeds.keys()), alone[1:])
+    state, metrics = sharded.learn(alone[0], seeds.keys())
+    assert_close(state, alone[1])
+    assert_close(metrics, alone[2], 1e-4)
     state = jax.device_put(alone[0], seeds.sharding)
     state, _, _ = sharded.driver.advance(state, seeds.keys(), 2, learning=True)
     assert all(x.sharding.is_equivalent_to(seeds.sharding, x.ndim) for x in jax.tree.leaves(state))
