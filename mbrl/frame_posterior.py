@@ -24,8 +24,6 @@ class FrameConfig(LatentConfig):
     """Width of the residual stream (d_model)."""
     hidden: int = 512
     """Width of the hidden layers of prior and posterior."""
-    layers: int = 4
-    """Layers of the stack."""
     prior_layers: int = 2
     """Hidden layers of the prior p(z|h)."""
     post_layers: int = 1
