@@ -49,11 +49,10 @@ def make_trajectory(length: int, batch: int) -> Trajectory:
     rng, lead = np.random.default_rng(0), (length, batch)
     obs = {k: rng.normal(size=(*lead, *s.shape)).astype(np.float32) for k, s in WALKER.obs.items()}
     action = rng.uniform(-1, 1, (*lead, WALKER.action.size)).astype(np.float32)
-    first = np.zeros(lead, bool)
-    first[0] = True
     reward = rng.normal(size=lead).astype(np.float32)
-    traj = Trajectory(obs, action, reward, first, ~first & False, ~first & False)
-    return jax.tree.map(jnp.asarray, traj)
+    first, last, terminal = np.zeros((3, *lead), bool)
+    first[0] = True
+    return jax.tree.map(jnp.asarray, Trajectory(obs, action, reward, first, last, terminal))
 
 
 def programs(model: WorldModel, batch: int, horizon: int):
@@ -122,7 +121,9 @@ def measure(length: int, args: argparse.Namespace) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    head = "| model | T | observe, ms | of rssm | imagine, ms | of rssm | compile, s | observe, MiB | imagine, MiB |"
+    head = (
+        "| model | T | observe ms | of rssm | imagine ms | of rssm | compile s | observe MiB | imagine MiB |"
+    )
     lines = [head, "|" + "---|" * head.count(" |")]
     for row in rows:
         cells = [row["model"], str(row["T"])]
