@@ -69,7 +69,8 @@ def default_config(preset: str, world_model: str) -> Config:
     model = config_type(load_factory("--world-model", world_model, world_models.REGISTRY))()
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     model = override(model, {"dtype": dtype} | values["model"] | values.get(world_model, {}))
-    agent = override(DreamerConfig(), values["agent"] | {"optimiser": values["optimiser"]})
+    agent = values["agent"] | values.get(f"agent/{world_model}", {})
+    agent = override(DreamerConfig(), agent | {"optimiser": values["optimiser"]})
     return Config(
         model,
         preset=preset,

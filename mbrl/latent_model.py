@@ -17,7 +17,7 @@ from mbrl.distributions import Bernoulli, OneHot, SymlogMSE, one_hot, two_hot
 from mbrl.errors import UserError, check_at_least, check_between
 from mbrl.losses import kl_losses
 from mbrl.networks import MLP, Linear, apply, flatten_obs
-from mbrl.types import Array, EnvSpec, Observed, Prediction, Starts, Trajectory, WorldModel
+from mbrl.types import Array, EnvSpec, Observed, Prediction, Starts, Trajectory, WorldModel, whole
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Backbone(NamedTuple):
     imagine_init(params, starts, horizon) -> state
     imagine_step(params, ctx, state [...], action, key) -> state [...]
     features(params, state [...]) -> [..., F]
-    feature_size: F. param_groups() as in `WorldModel`.
+    feature_size: F. param_groups(), emit and storable as in `WorldModel`.
     """
 
     init: Callable[..., Any]
@@ -75,6 +75,8 @@ class Backbone(NamedTuple):
     features: Callable[..., Array]
     feature_size: int
     param_groups: Callable[[], dict[str, dict[str, float]]]
+    emit: Callable[[Any], Any] = whole
+    storable: bool = True
 
 
 class Decoder(nn.Module):
@@ -194,4 +196,6 @@ def make(config: LatentConfig, spec: EnvSpec, backbone: Backbone) -> WorldModel:
         features=of_backbone(backbone.features),
         decode=decode,
         param_groups=groups,
+        emit=backbone.emit,
+        storable=backbone.storable,
     )

@@ -1,7 +1,8 @@
 """Named settings of Dreamer: the published sizes, and small ones for a CPU. Flags override any field.
 
 A preset maps the parts of an experiment's config to field values. "model" holds fields that every latent
-world model has, "rssm" and the like those of one backbone.
+world model has, "rssm" and the like those of one backbone; "agent/transformer" and the like what behaviour
+needs with that backbone.
 """
 
 from __future__ import annotations
@@ -11,12 +12,22 @@ from typing import Any
 Preset = dict[str, dict[str, Any]]
 
 
+def _attention(fields: dict[str, Any]) -> Preset:
+    """The transformers, whose memory is too large to store with every step."""
+    names = ("transformer", "storm", "transdreamer")
+    return dict.fromkeys(names, fields) | {f"agent/{name}": {"replay_context": False} for name in names}
+
+
 def _published(deter: int, hidden: int, classes: int) -> Preset:
     """DreamerV3 size presets (danijar/dreamerv3 configs.yaml); 32 latents and 8 blocks at every size. The
     loop is the one that made the published DMC curves: action repeat 2, train ratio 512."""
     return {
         "model": {"stoch": 32, "classes": classes, "units": hidden},
         "rssm": {"deter": deter, "hidden": hidden, "blocks": 8},
+        "s4wm": {"width": hidden, "hidden": hidden},
+        "r2i": {"width": hidden, "hidden": hidden, "deter": deter},
+        "koopman": {"width": hidden, "hidden": hidden, "modes": 2 * hidden},
+        **_attention({"width": hidden, "hidden": hidden, "heads": max(4, hidden // 64)}),
         "agent": {"units": hidden},
         "optimiser": {},
         "loop": {},
@@ -26,6 +37,8 @@ def _published(deter: int, hidden: int, classes: int) -> Preset:
 def _small(deter: int, stoch: int, classes: int, layers: int) -> Preset:
     """For CPU cores: narrow and unblocked, a few random starts instead of all, the actor's gradient through
     the dynamics, Adam with a decaying learning rate. docs/results.md has the measurements behind it."""
+    # Narrower than the GRU, because an MLP follows in every layer.
+    stack = {"width": 3 * deter // 4, "hidden": deter, "layers": 2, "prior_layers": 1}
     return {
         "model": {
             "stoch": stoch,
@@ -37,6 +50,10 @@ def _small(deter: int, stoch: int, classes: int, layers: int) -> Preset:
             "bin_limit": 8.0,
         },
         "rssm": {"deter": deter, "hidden": deter, "blocks": 1, "prior_layers": 1},
+        "s4wm": stack | {"ssm_size": deter // 2, "ssm_blocks": 4},
+        "r2i": stack | {"ssm_size": deter // 2, "ssm_blocks": 4, "deter": deter},
+        "koopman": {"width": deter, "hidden": deter, "modes": 2 * deter, "prior_layers": 1},
+        **_attention(stack | {"heads": 4, "window": 16}),
         "agent": {
             "units": deter,
             "actor_layers": layers,

@@ -158,8 +158,14 @@ class Prediction(NamedTuple):
     uncertainty: dict[str, Array]
 
 
+def whole(state: State) -> State:
+    """`WorldModel.emit` of a model whose imagined states hold no cache."""
+    return state
+
+
 class WorldModel(NamedTuple):
-    """A world model. Leading axes written ``...`` may be any number of axes.
+    """A world model. Leading axes written ``...`` may be any number of axes; where there are several, the
+    last is the batch axis of ``ctx``, so [T, B] of a sequence, and [N, B] of N plans.
 
     init(key) -> params
     init_state(params, batch) -> state [batch]
@@ -173,6 +179,9 @@ class WorldModel(NamedTuple):
     features(params, state [...]) -> [..., F]; what actor, critic and planner read
     decode(params, features [..., F]) -> {obs key: distribution} or None
     param_groups() -> {path pattern: {"lr_scale": float, "weight_decay": float}}
+    emit(state) -> state without caches; what a rollout keeps of every imagined state, and what ``features``
+        and ``predict`` read of it
+    storable: whether posterior states are acting states, and small, so that replay can store them
     """
 
     init: Callable[..., Params]
@@ -186,6 +195,8 @@ class WorldModel(NamedTuple):
     features: Callable[..., Array]
     decode: Callable[..., dict[str, Any] | None]
     param_groups: Callable[[], dict[str, dict[str, float]]]
+    emit: Callable[[State], State] = whole
+    storable: bool = True
 
 
 class Agent(NamedTuple):

@@ -32,6 +32,8 @@ class RSSMConfig(LatentConfig):
     """Hidden layers of the prior p(z|h)."""
     post_layers: int = 1
     """Hidden layers of the posterior q(z|h,x)."""
+    post_uses_deter: bool = True
+    """Whether the posterior sees h (published); False makes it q(z|x), as the parallel backbones have it."""
 
 
 class RSSM(nn.Module):
@@ -74,7 +76,9 @@ class RSSM(nn.Module):
         return self._latent(self.prior_net(deter))
 
     def posterior(self, deter: Array, token: Array) -> OneHot:
-        return self._latent(self.post_net(jnp.concatenate([deter, token], -1)))
+        if self.config.post_uses_deter:
+            token = jnp.concatenate([deter, token], -1)
+        return self._latent(self.post_net(token))
 
     def _latent(self, logits: Array) -> OneHot:
         c = self.config

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mbrl import losses, optimisers
@@ -151,6 +152,11 @@ def make(
     run, for the learning-rate schedule.
     """
     check(config, spec)
+    if config.replay_context and not model.storable:
+        raise UserError(
+            "agent.replay_context is True, but this world model's memory is too large to store with every "
+            "step: set it to False, and loop.batch_length to the context that training should see"
+        )
     discrete = spec.action.classes is not None
     size = spec.action.size
     actor = Policy(config.actor_layers, config.units, size, discrete)
@@ -218,17 +224,18 @@ def make(
         return action, ActorState(state, action, noise), info
 
     def select_starts(starts: Starts, key) -> Starts:
-        """Posterior states [T, B] -> starts [N]: the last K of each sequence, or a random subset."""
-        states = jax.tree.map(lambda x: x[-config.imag_last :], starts.states)
-        states = jax.tree.map(lambda x: sg(x.reshape(-1, *x.shape[2:])), states)
-        total = jax.tree.leaves(states)[0].shape[0]
+        """Posterior states [T, B] -> starts: the last K of each sequence [K, B], or a random subset [N]."""
+        states = jax.tree.map(lambda x: sg(x[-config.imag_last :]), starts.states)
+        total = int(np.prod(jax.tree.leaves(states)[0].shape[:2]))
         if 0 < config.imag_starts < total:
+            states = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), states)
             index = jax.random.choice(key, total, (config.imag_starts,), replace=False)
             states = jax.tree.map(lambda x: x[index], states)
         return Starts(sg(starts.ctx), states)
 
     def imagine(params, starts: Starts, key):
-        """States [H+1, N], features and actions; differentiable only where the actor's gradient needs it."""
+        """States [H+1, ...] and actions [H, ..., A] from starts [...]; differentiable only where the actor's
+        gradient needs it."""
         frozen = sg(params["model"])
         behave = params["actor"] if config.actor_grad == "dynamics" else sg(params["actor"])
 
@@ -241,7 +248,7 @@ def make(
         return frozen, states, actions
 
     def behaviour_losses(params, train: TrainState, starts: Starts, key):
-        """Actor and critic losses in imagination, and the imagined return of each start [N]."""
+        """Actor and critic losses in imagination, and the imagined return of each start [...]."""
         frozen, states, actions = imagine(params, starts, key)
         features = model.features(frozen, states)
         prediction = model.predict(frozen, states)

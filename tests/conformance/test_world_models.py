@@ -5,6 +5,7 @@ Nothing here knows a model's state: states are compared through ``features`` and
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import NamedTuple
 
@@ -16,22 +17,21 @@ from jax.flatten_util import ravel_pytree
 
 import world_models
 from mbrl.config import config_type, load_factory, override
+from mbrl.imagination import rollout
 from mbrl.types import ArraySpec, EnvSpec, Trajectory, WorldModel
 
-# Fields of each model's config that make it tiny.
+# Fields of each model's config that make it tiny. A name may have several rows, "name:variant".
+LATENT = dict(stoch=3, classes=4, units=16, hidden=8, encoder_layers=1, decoder_layers=1, bins=15)
+# Bins of 1e8 with random weights would cancel to few digits; below the free nats the prior has no gradient.
+LATENT |= dict(bin_limit=4.0, free_nats=0.0)
+SSM = LATENT | dict(width=8, layers=2, ssm_size=8, ssm_blocks=2)
 TINY = {
-    "rssm": dict(
-        stoch=3,
-        classes=4,
-        units=16,
-        deter=16,
-        hidden=8,
-        blocks=2,
-        encoder_layers=1,
-        decoder_layers=1,
-        bins=15,
-        bin_limit=4.0,  # bins of 1e8 with random weights would cancel to few digits
-    ),
+    "rssm": LATENT | dict(deter=16, blocks=2),
+    "rssm:frame": LATENT | dict(deter=16, blocks=2, post_uses_deter=False),
+    "s4wm": SSM,
+    "r2i": SSM | dict(deter=12),
+    "transformer": LATENT | dict(width=8, layers=2, heads=2, window=3, mlp_factor=2, concat_layers=True),
+    "koopman": LATENT | dict(width=8, modes=8),
 }
 
 T, B, A = 8, 3, 2
@@ -45,13 +45,23 @@ RESETS = np.zeros((T, B), bool)
 RESETS[0, 0] = RESETS[3, 1] = RESETS[5, 1] = RESETS[4, 2] = True  # column 0 has none later
 
 
-def test_every_world_model_has_a_row():
-    assert set(TINY) == set(world_models.REGISTRY)
-
-
-def make_model(name: str, action: str = "continuous", **fields) -> WorldModel:
+def tiny(name: str, row: str, fields: dict | None = None):
+    """The factory of a name, and its config with the fields of a row."""
     factory = load_factory("world model", name, world_models.REGISTRY)
-    config = override(config_type(factory)(), TINY[name] | fields)
+    return factory, override(config_type(factory)(), TINY[row] | (fields or {}))
+
+
+@pytest.mark.parametrize("name", world_models.REGISTRY)
+def test_every_world_model_has_a_row(name):
+    """Its own, or that of the same file whose fields make it the same model, so that another would add nothing."""
+    if name not in TINY:
+        row = {"storm": "transformer", "transdreamer": "transformer"}[name]
+        assert dataclasses.asdict(tiny(name, row)[1]) == dataclasses.asdict(tiny(row, row)[1])
+        assert world_models.REGISTRY[name].partition(":")[0] == world_models.REGISTRY[row].partition(":")[0]
+
+
+def make_model(row: str, action: str = "continuous", **fields) -> WorldModel:
+    factory, config = tiny(row.partition(":")[0], row, fields)
     return factory(config, EnvSpec("conformance", OBS, ACTIONS[action]))
 
 
@@ -283,6 +293,41 @@ def test_imagination_from_posteriors_equals_continuing(case):
         close(
             (ours[0], said.reward[0], said.cont[0]), (features[t], prediction.reward[t], prediction.cont[t])
         )
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_imagination_along_the_taken_actions(name):
+    """A latent of one class is known without seeing, so that imagining with the actions that were taken is
+    observing: from all posteriors at once, from the last ones alone, and from a few in any order."""
+    model, horizon = make_model(name, stoch=1, classes=1), 5
+    params, traj = randomise(jax.jit(model.init)(jax.random.key(0))), make_trajectory(0)
+    traj = traj._replace(is_first=jnp.zeros((T, B), bool).at[2, 1].set(True))
+    keys = jax.random.split(jax.random.key(1), T)
+
+    @jax.jit
+    def futures(params, traj):
+        """Features [H+1, ...] of what follows each start, in the three ways."""
+        seen = model.observe(params, model.init_state(params, B), traj, keys)
+        actions = jnp.stack([jnp.roll(traj.action, -1 - h, 0) for h in range(horizon)])
+        few = jnp.array([13, 2, 22, 13])
+
+        def imagine(select):
+            states = jax.tree.map(select, seen.starts.states)
+            given = jax.vmap(select)(actions)
+            starts = seen.starts._replace(states=states)
+            states, _ = rollout(model, params, starts, lambda f, k, t: given[t], jax.random.key(2), horizon)
+            return model.features(params, states)
+
+        flat = lambda x: x.reshape(T * B, *x.shape[2:])
+        return seen.features, imagine(lambda x: x), imagine(lambda x: x[-3:]), imagine(lambda x: flat(x)[few])
+
+    features, everything, last, few = futures(params, traj)
+    for h in range(horizon + 1):
+        for t in range(T - h):
+            columns = [0, 1, 2] if t >= 2 or t + h < 2 else [0, 2]  # column 1 begins an episode at step 2
+            close(everything[h, t, columns], features[t + h, columns])
+    close(last, everything[:, -3:])
+    close(few, everything.reshape(horizon + 1, T * B, -1)[:, [13, 2, 22, 13]])
 
 
 def test_imagination_takes_any_leading_axes(case):

@@ -24,6 +24,7 @@ def counter_model() -> WorldModel:
             "left": state["left"] - 1,
         },
         features=lambda params, state: state["x"][..., None],
+        emit=lambda state: state,
     )
 
 

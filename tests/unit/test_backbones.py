@@ -1,0 +1,72 @@
+"""Every world model under Dreamer with its presets, by shapes alone: nothing is compiled."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import world_models
+from mbrl.agents import dreamer
+from mbrl.agents.dreamer import DreamerConfig
+from mbrl.config import config_type, load_factory, override
+from mbrl.errors import UserError
+from mbrl.presets import DREAMER
+from mbrl.types import ArraySpec, EnvSpec, Trajectory
+from world_models import s4wm, transformer
+from world_models.s4wm import S4WMConfig
+from world_models.transformer import TransformerConfig
+
+SPEC = EnvSpec("task", {"x": ArraySpec((3,))}, ArraySpec((2,)))
+T, B = 10, 4  # enough posteriors for the random starts of xs
+
+
+def make_agent(name: str, preset: str, **agent):
+    factory, values = load_factory("world model", name, world_models.REGISTRY), DREAMER[preset]
+    model = override(config_type(factory)(), values["model"] | values.get(name, {}))
+    fields = values["agent"] | values.get(f"agent/{name}", {}) | {"optimiser": values["optimiser"]} | agent
+    config = override(DreamerConfig(), fields)
+    return dreamer.make(config, SPEC, factory(model, SPEC), model.discount, 100)
+
+
+@pytest.mark.parametrize("preset", ["xs", "size12m"])
+@pytest.mark.parametrize("name", world_models.REGISTRY)
+def test_dreamer_trains_on(name, preset):
+    """One update keeps every shape and dtype, and so does acting; what replay stores is small."""
+    agent = make_agent(name, preset)
+
+    def run(key):
+        train, yes = agent.init(key), jnp.ones(B, bool)
+        actor = agent.init_actor(train, B)
+        _, after, info = agent.act(train, actor, {"x": jnp.zeros((B, 3))}, yes, key, "train")
+        row = Trajectory({"x": jnp.zeros((B, 3))}, after.action, jnp.zeros(B), yes, yes, yes, info["latent"])
+        traj = jax.tree.map(lambda x: jnp.stack([x] * T), row)
+        new, update = agent.update(train, traj, key)
+        return (train, new), (actor, after), (traj.latent, update.latent)
+
+    (train, new), (actor, after), (stored, fresh) = jax.eval_shape(run, jax.random.key(0))
+    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    assert shapes(train) == shapes(new)
+    assert shapes(actor) == shapes(after)
+    assert jax.tree.structure(stored) == jax.tree.structure(fresh)
+    assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(stored)) < 64_000 * T * B
+
+
+def test_windows_are_not_stored():
+    with pytest.raises(UserError, match="replay_context"):
+        make_agent("transformer", "xs", replay_context=True)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: transformer.make(TransformerConfig(width=24, heads=8), SPEC),
+        lambda: transformer.make(TransformerConfig(window=0), SPEC),
+        lambda: s4wm.make(S4WMConfig(ssm_size=20, ssm_blocks=8), SPEC),
+        lambda: s4wm.make(S4WMConfig(dt_min=0.0), SPEC),
+        lambda: s4wm.make(S4WMConfig(layers=0), SPEC),
+    ],
+)
+def test_impossible_sizes(make):
+    with pytest.raises(UserError, match=r"model\.\w+ is "):
+        make()
