@@ -64,7 +64,8 @@ class TransDreamerConfig(TransformerConfig):
 
 
 class KeyValue(NamedTuple):
-    """Keys (already rotated) and values of one layer, each [..., rows, heads, head size]."""
+    """Keys (already rotated) and values of one layer, each [..., rows, heads, head size]; of imagined steps
+    each [..., heads, rows, head size]."""
 
     key: Array
     value: Array
@@ -154,7 +155,8 @@ def attention(query: Array, *sources: tuple[str, KeyValue, Array]) -> Array:
 
     query: [n, c, b, heads, size], blocks of c queries of b columns. A source is its axes, its keys and
     values, and which rows each query sees [n, c, b, rows]: axes "bnrhd" for rows that a block of queries
-    shares, "ncbrhd" for rows of each query alone. At least one row must be visible.
+    shares, "ncbhrd" for rows of each query alone, behind the heads, so that products need no transposed copy
+    of what is large. At least one row must be visible.
     """
     scores = [
         jnp.where(mask[..., None, :], jnp.einsum(f"ncbhd,{axes}->ncbhr", query, memory.key), -jnp.inf)
@@ -278,7 +280,7 @@ def backbone(config: TransformerConfig, action_size: int) -> Backbone:
     values of the last W of them [B, W, heads, size], oldest first. Start: deter, stoch, steps, and where in
     ctx its own keys are, row and column [...]. ctx: per layer [B, W + T, heads, size], the acting state's W
     rows before the T of the sequence (rounded up to whole blocks). Imagined state: a start, the number of
-    steps imagined [...], and per layer their keys and values [..., H, heads, size].
+    steps imagined [...], and per layer their keys and values [..., heads, H, size].
     """
     for field in ("width", "hidden", "layers", "heads", "window", "mlp_factor"):
         check_at_least(f"model.{field}", getattr(config, field), 1)
@@ -295,7 +297,7 @@ def backbone(config: TransformerConfig, action_size: int) -> Backbone:
         return apply(module, params, *args, method=method)
 
     def zeros(*shape) -> Memory:
-        layer = lambda: KeyValue(jnp.zeros((*shape, *head), dtype), jnp.zeros((*shape, *head), dtype))
+        layer = lambda: KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
         return tuple(layer() for _ in range(config.layers))
 
     def init_state(params, batch):
@@ -303,7 +305,7 @@ def backbone(config: TransformerConfig, action_size: int) -> Backbone:
             "deter": jnp.zeros((batch, deter), dtype),
             "stoch": jnp.zeros((batch, config.stoch, config.classes), dtype),
             "steps": jnp.zeros(batch, jnp.int32),
-            "window": zeros(batch, window),
+            "window": zeros(batch, window, *head),
         }
 
     def init(key):
@@ -369,7 +371,8 @@ def backbone(config: TransformerConfig, action_size: int) -> Backbone:
 
     def imagine_init(params, starts, horizon):
         lead = starts.states["steps"].shape
-        return {**starts.states, "imagined": jnp.zeros(lead, jnp.int32), "suffix": zeros(*lead, horizon)}
+        suffix = zeros(*lead, head[0], horizon, head[1])
+        return {**starts.states, "imagined": jnp.zeros(lead, jnp.int32), "suffix": suffix}
 
     @partial(jax.checkpoint, prevent_cse=False)  # a pathwise gradient keeps no gathered rows nor weights
     def imagine_step(params, ctx, state, action, key):
@@ -377,18 +380,18 @@ def backbone(config: TransformerConfig, action_size: int) -> Backbone:
         imagined equally many, so that a step writes one slice of the suffix, in place."""
         x = call(params, "inputs", state["stoch"], action)
         past = Past.of(ctx, state, window)
-        i, offset = state["imagined"], jnp.arange(state["suffix"][0].key.shape[-3])
+        i, offset = state["imagined"], jnp.arange(state["suffix"][0].key.shape[-2])
         now = i.reshape(-1)[0]
         since = past.queries((offset <= i[..., None]) & (offset > i[..., None] - window))
 
         def attend(layer, query, new):
             write = lambda old, x: jax.lax.dynamic_update_slice_in_dim(
-                old, x[..., None, :, :], now, old.ndim - 3
+                old, x[..., None, :], now, old.ndim - 2
             )
             suffix = jax.tree.map(write, state["suffix"][layer], new)
             prefix = jax.tree.map(past.rows, ctx.memory[layer])
             own = jax.tree.map(past.queries, suffix)
-            sources = ("bnrhd", prefix, past.seen), ("ncbrhd", own, since)
+            sources = ("bnrhd", prefix, past.seen), ("ncbhrd", own, since)
             return past.results(attention(past.queries(query), *sources), query.shape), suffix
 
         h, suffix = call(params, "run", x, state["steps"] + i, attend)
