@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -64,8 +64,7 @@ class TransDreamerConfig(TransformerConfig):
 
 
 class KeyValue(NamedTuple):
-    """Keys (already rotated) and values of one layer, each [..., rows, heads, head size]; of imagined steps
-    each [..., heads, rows, head size]."""
+    """Keys (already rotated) and values of one layer, each [..., rows, heads, head size]."""
 
     key: Array
     value: Array
@@ -155,20 +154,21 @@ def attention(query: Array, *sources: tuple[str, KeyValue, Array]) -> Array:
 
     query: [n, c, b, heads, size], blocks of c queries of b columns. A source is its axes, its keys and
     values, and which rows each query sees [n, c, b, rows]: axes "bnrhd" for rows that a block of queries
-    shares, "ncbhrd" for rows of each query alone, behind the heads, so that products need no transposed copy
-    of what is large. At least one row must be visible.
+    shares, "ncbrhd" for rows of each query alone. At least one row must be visible.
     """
-    scores = [
-        jnp.where(mask[..., None, :], jnp.einsum(f"ncbhd,{axes}->ncbhr", query, memory.key), -jnp.inf)
-        for axes, memory, mask in sources
-    ]
-    weights = jax.nn.softmax(jnp.concatenate(scores, -1).astype(jnp.float32) * query.shape[-1] ** -0.5)
-    total, begin = jnp.zeros((), query.dtype), 0
+    scale, scores = query.shape[-1] ** -0.5, []
     for axes, memory, mask in sources:
-        part = weights[..., begin : begin + mask.shape[-1]].astype(query.dtype)
-        total += jnp.einsum(f"ncbhr,{axes}->ncbhd", part, memory.value)
-        begin += mask.shape[-1]
-    return total
+        score = jnp.einsum(f"ncbhd,{axes}->ncbhr", query, memory.key).astype(jnp.float32) * scale
+        scores.append(jnp.where(mask[..., None, :], score, -jnp.inf))
+    # Softmax over the sources side by side: to join them would copy the largest arrays here.
+    top = reduce(jnp.maximum, [jax.lax.stop_gradient(score).max(-1, keepdims=True) for score in scores])
+    weights = [jnp.exp(score - top) for score in scores]
+    mixed = [
+        jnp.einsum(f"ncbhr,{axes}->ncbhd", weight.astype(query.dtype), memory.value)
+        for weight, (axes, memory, _) in zip(weights, sources, strict=True)
+    ]
+    total = reduce(jnp.add, [weight.sum(-1, keepdims=True) for weight in weights])
+    return (reduce(jnp.add, mixed) / total).astype(query.dtype)
 
 
 def bands(x: Array, window: int, count: int) -> Array:
@@ -280,7 +280,7 @@ def backbone(config: TransformerConfig, action_size: int) -> Backbone:
     values of the last W of them [B, W, heads, size], oldest first. Start: deter, stoch, steps, and where in
     ctx its own keys are, row and column [...]. ctx: per layer [B, W + T, heads, size], the acting state's W
     rows before the T of the sequence (rounded up to whole blocks). Imagined state: a start, the number of
-    steps imagined [...], and per layer their keys and values [..., heads, H, size].
+    steps imagined [...], and per layer their keys and values [..., H, heads, size].
     """
     for field in ("width", "hidden", "layers", "heads", "window", "mlp_factor"):
         check_at_least(f"model.{field}", getattr(config, field), 1)
@@ -297,7 +297,7 @@ def backbone(config: TransformerConfig, action_size: int) -> Backbone:
         return apply(module, params, *args, method=method)
 
     def zeros(*shape) -> Memory:
-        layer = lambda: KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        layer = lambda: KeyValue(jnp.zeros((*shape, *head), dtype), jnp.zeros((*shape, *head), dtype))
         return tuple(layer() for _ in range(config.layers))
 
     def init_state(params, batch):
@@ -305,7 +305,7 @@ def backbone(config: TransformerConfig, action_size: int) -> Backbone:
             "deter": jnp.zeros((batch, deter), dtype),
             "stoch": jnp.zeros((batch, config.stoch, config.classes), dtype),
             "steps": jnp.zeros(batch, jnp.int32),
-            "window": zeros(batch, window, *head),
+            "window": zeros(batch, window),
         }
 
     def init(key):
@@ -371,8 +371,7 @@ def backbone(config: TransformerConfig, action_size: int) -> Backbone:
 
     def imagine_init(params, starts, horizon):
         lead = starts.states["steps"].shape
-        suffix = zeros(*lead, head[0], horizon, head[1])
-        return {**starts.states, "imagined": jnp.zeros(lead, jnp.int32), "suffix": suffix}
+        return {**starts.states, "imagined": jnp.zeros(lead, jnp.int32), "suffix": zeros(*lead, horizon)}
 
     @partial(jax.checkpoint, prevent_cse=False)  # a pathwise gradient keeps no gathered rows nor weights
     def imagine_step(params, ctx, state, action, key):
@@ -380,18 +379,18 @@ def backbone(config: TransformerConfig, action_size: int) -> Backbone:
         imagined equally many, so that a step writes one slice of the suffix, in place."""
         x = call(params, "inputs", state["stoch"], action)
         past = Past.of(ctx, state, window)
-        i, offset = state["imagined"], jnp.arange(state["suffix"][0].key.shape[-2])
+        i, offset = state["imagined"], jnp.arange(state["suffix"][0].key.shape[-3])
         now = i.reshape(-1)[0]
         since = past.queries((offset <= i[..., None]) & (offset > i[..., None] - window))
 
         def attend(layer, query, new):
             write = lambda old, x: jax.lax.dynamic_update_slice_in_dim(
-                old, x[..., None, :], now, old.ndim - 2
+                old, x[..., None, :, :], now, old.ndim - 3
             )
             suffix = jax.tree.map(write, state["suffix"][layer], new)
             prefix = jax.tree.map(past.rows, ctx.memory[layer])
             own = jax.tree.map(past.queries, suffix)
-            sources = ("bnrhd", prefix, past.seen), ("ncbhrd", own, since)
+            sources = ("bnrhd", prefix, past.seen), ("ncbrhd", own, since)
             return past.results(attention(past.queries(query), *sources), query.shape), suffix
 
         h, suffix = call(params, "run", x, state["steps"] + i, attend)
