@@ -26,15 +26,18 @@ def rollout(
     state t+1.
     """
 
-    def body(state, inputs):
+    def body(carry, inputs):
+        state, kept = carry
         t, key = inputs
         act_key, step_key = jax.random.split(key)
         action = policy(model.features(params, state), act_key, t)
-        following = model.imagine_step(params, starts.ctx, state, action, step_key)
-        return following, (model.emit(following), action)
+        state = model.imagine_step(params, starts.ctx, state, action, step_key)
+        # Into one buffer with the starts: to prepend them afterwards would take the memory twice.
+        kept = jax.tree.map(lambda xs, x: xs.at[t + 1].set(x), kept, model.emit(state))
+        return (state, kept), action
 
     first = model.imagine_init(params, starts, horizon)
+    kept = jax.tree.map(lambda x: jnp.zeros((horizon + 1, *x.shape), x.dtype).at[0].set(x), model.emit(first))
     inputs = jnp.arange(horizon), jax.random.split(key, horizon)
-    _, (states, actions) = jax.lax.scan(body, first, inputs)
-    states = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), model.emit(first), states)
+    (_, states), actions = jax.lax.scan(body, (first, kept), inputs)
     return states, actions

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -156,17 +156,19 @@ def attention(query: Array, *sources: tuple[str, KeyValue, Array]) -> Array:
     values, and which rows each query sees [n, c, b, rows]: axes "bnrhd" for rows that a block of queries
     shares, "ncbrhd" for rows of each query alone. At least one row must be visible.
     """
-    scores = [
-        jnp.where(mask[..., None, :], jnp.einsum(f"ncbhd,{axes}->ncbhr", query, memory.key), -jnp.inf)
-        for axes, memory, mask in sources
-    ]
-    weights = jax.nn.softmax(jnp.concatenate(scores, -1).astype(jnp.float32) * query.shape[-1] ** -0.5)
-    total, begin = jnp.zeros((), query.dtype), 0
+    scale, scores = query.shape[-1] ** -0.5, []
     for axes, memory, mask in sources:
-        part = weights[..., begin : begin + mask.shape[-1]].astype(query.dtype)
-        total += jnp.einsum(f"ncbhr,{axes}->ncbhd", part, memory.value)
-        begin += mask.shape[-1]
-    return total
+        score = jnp.einsum(f"ncbhd,{axes}->ncbhr", query, memory.key).astype(jnp.float32) * scale
+        scores.append(jnp.where(mask[..., None, :], score, -jnp.inf))
+    # Softmax over the sources side by side: to join them would copy the largest arrays here.
+    top = reduce(jnp.maximum, [jax.lax.stop_gradient(score).max(-1, keepdims=True) for score in scores])
+    weights = [jnp.exp(score - top) for score in scores]
+    mixed = [
+        jnp.einsum(f"ncbhr,{axes}->ncbhd", weight.astype(query.dtype), memory.value)
+        for weight, (axes, memory, _) in zip(weights, sources, strict=True)
+    ]
+    total = reduce(jnp.add, [weight.sum(-1, keepdims=True) for weight in weights])
+    return (reduce(jnp.add, mixed) / total).astype(query.dtype)
 
 
 def bands(x: Array, window: int, count: int) -> Array:

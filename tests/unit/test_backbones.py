@@ -11,6 +11,7 @@ from mbrl.agents import dreamer
 from mbrl.agents.dreamer import DreamerConfig
 from mbrl.config import config_type, load_factory, override
 from mbrl.errors import UserError
+from mbrl.imagination import rollout
 from mbrl.presets import DREAMER
 from mbrl.types import ArraySpec, EnvSpec, Trajectory
 from world_models import s4wm, transformer
@@ -55,6 +56,40 @@ def test_dreamer_trains_on(name, preset):
 def test_windows_are_not_stored():
     with pytest.raises(UserError, match="replay_context"):
         make_agent("transformer", "xs", replay_context=True)
+
+
+def test_memory_of_imagination_with_attention():
+    """From all 2048 posteriors of a batch, with a window of 256 at width 128: at most 200 MB as XLA plans it, where
+    keys and values of its own window for each start would take over 1 GB. Compiled, not run."""
+    length, batch, horizon = 512, 4, 15
+    sizes = dict(stoch=16, classes=16, units=128, hidden=128, width=128)
+    model = transformer.make(TransformerConfig(**sizes, layers=2, heads=4, window=256), SPEC)
+
+    def observe(params, key):
+        no, zeros = jnp.zeros((length, batch), bool), jnp.zeros((length, batch))
+        traj = Trajectory(
+            {"x": jnp.zeros((length, batch, 3))}, jnp.zeros((length, batch, 2)), zeros, no, no, no
+        )
+        return model.observe(
+            params, model.init_state(params, batch), traj, jax.random.split(key, length)
+        ).starts
+
+    def imagine(params, starts, key):
+        return rollout(model, params, starts, lambda f, k, t: jnp.tanh(f[..., :2]), key, horizon)
+
+    key = jax.random.key(0)
+    params = jax.eval_shape(model.init, key)
+    starts = jax.eval_shape(observe, params, key)
+    memory = jax.jit(imagine).lower(params, starts, key).compile().memory_analysis()
+    assert memory.temp_size_in_bytes + memory.output_size_in_bytes <= 200e6
+
+
+@pytest.mark.parametrize("name", world_models.REGISTRY)
+def test_small_presets_are_comparable(name):
+    """With preset s every world model has about as many parameters as RSSM."""
+    count = lambda name: sum(x.size for x in jax.tree.leaves(shapes(name)))
+    shapes = lambda name: jax.eval_shape(make_agent(name, "s").init, jax.random.key(0)).params
+    assert 0.75 < count(name) / count("rssm") < 1.5
 
 
 @pytest.mark.parametrize(
