@@ -139,6 +139,8 @@ class Observed(NamedTuple):
 
     state: the carry after the last step [B]. starts: one start per posterior, states [T, B].
     features: [T, B, F]. losses: {name: [T, B]}, unscaled. metrics: {name: scalar}.
+    predicted: [T, B, F], features of each step as predicted from the sequence's, or its episode's, first
+    step by the actions alone, where a model learns that way; else ().
     """
 
     state: State
@@ -146,6 +148,7 @@ class Observed(NamedTuple):
     features: Array
     losses: dict[str, Array]
     metrics: Metrics
+    predicted: Any = ()
 
 
 class Prediction(NamedTuple):
@@ -206,7 +209,8 @@ class Agent(NamedTuple):
     init_actor(train, batch) -> actor [batch]; a NamedTuple with a field ``action`` [batch, A], the previous
         action, which a collector overwrites when it acts at random
     act(train, actor [E], obs {key: [E, ...]}, is_first [E], key, mode) -> (action [E, A], actor, info);
-        mode is the static string "train" (explore) or "eval" (deterministic given the key);
+        mode is the static string "train" (explore), "eval" (deterministic given the key) or "watch" (keep
+        memory up to date: a random action replaces the one returned);
         info["latent"] is what replay stores where latents serve as context
     update(train, traj [T, B], key) -> (train, UpdateInfo); ONE gradient step
     """

@@ -1,8 +1,10 @@
 """World models by name. Values are import paths ``module:make``, resolved when one is asked for."""
 
-REGISTRY = {
+# Models with a decoder, which Dreamer learns from.
+LATENT = {
     "rssm": "world_models.rssm:make",
     "s4wm": "world_models.s4wm:make",
     "r2i": "world_models.s4wm:make_r2i",
     "transformer": "world_models.transformer:make",
 }
+REGISTRY = LATENT | {"tdmpc": "world_models.tdmpc:make"}
