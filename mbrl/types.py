@@ -202,6 +202,30 @@ class WorldModel(NamedTuple):
     storable: bool = True
 
 
+class Simulator(NamedTuple):
+    """What a search rolls forward: a world model, or a true environment, and what an agent knows of it.
+
+    starts, imagine_init, imagine_step, predict, features and emit as in `WorldModel`; a search calls them with
+    leading axes [N, P, E]: candidates, particles, environments
+    policy(params, features [..., F], key) -> action [..., A]; key None asks for its most likely action.
+        None where there is no policy
+    value(params, features [..., F], key) -> return from there on [...], or a pair of it and a dict of named
+        uncertainties [...]; all calls of one plan get the same key. None where there is no value
+    mask(params, state [E]) -> [E, A], 0 for entries of a continuous action that an environment does not have
+        and 1 for the others; None where all are in use
+    """
+
+    starts: Callable[..., Starts]
+    imagine_init: Callable[..., State]
+    imagine_step: Callable[..., State]
+    predict: Callable[..., Prediction]
+    features: Callable[..., Array]
+    emit: Callable[[State], State] = whole
+    policy: Callable[..., Array] | None = None
+    value: Callable[..., Any] | None = None
+    mask: Callable[..., Array] | None = None
+
+
 class Agent(NamedTuple):
     """An agent. ``train`` is everything that learns, ``actor`` what acting carries per environment.
 
