@@ -23,7 +23,7 @@ class Objective(NamedTuple):
     """What a search maximises; arrays, so that values can differ per seed and change without a recompile.
 
     With D_t = product over s <= t of discount * cont_s, the score of a rollout of H steps is
-    sum_{t=1..H} D_{t-1} (reward_t + sum_k uncertainty[k] u_t[k]) + value D_H (V_H + sum_k uncertainty[k] u_V[k]).
+    sum_{t=1..H} D_{t-1} (reward_t + w u_t) + value D_H (V_H + w u_V), where w u sums over uncertainties.
 
     discount: factor per imagined step [], beside the model's own ``cont``; 1 for models whose continue head
     learned the discount (all of `mbrl.latent_model`). value: weight of the terminal value [], usually 0 or 1.
@@ -59,8 +59,8 @@ class SearchRule(NamedTuple):
         score is not finite comes with -inf; at least one is finite, else the search stays as it was
     select(search, key, mode) -> sequence [H, A] to execute
     shift(search, steps) -> warm, after ``steps`` actions were executed
-    action: what it searches over. horizon: H, in actions. stages: one after the other. policy_samples: K, proposals that it wants from the
-    policy. greedy: whether proposals are the policy's most likely actions in mode "eval".
+    action: what it searches over. horizon: H, in actions. stages: one after the other. policy_samples: K,
+    proposals that it wants from the policy. greedy: whether these are its most likely actions in mode "eval".
     """
 
     init_warm: Callable[[], PyTree]
@@ -212,7 +212,7 @@ def make_planner(simulator: Simulator, rule: SearchRule, config: PlanConfig = Pl
         due = warm.left == 0
 
         def replan(warm: PlanState):
-            actions, following, trace = search(params, objective, warm.warm, state, key, mode)
+            actions, following, trace = search(params, objective, warm.warm, state, batch, key, mode)
             actions = jnp.repeat(actions[:, : config.replan_every], config.action_block, 1)
             fresh = PlanState(following, actions, jnp.full(batch, executed, jnp.int32))
             return where_env(due, fresh, warm), jax.tree.map(lambda x: jnp.where(due, x, jnp.nan), trace)
@@ -234,8 +234,8 @@ def make_planner(simulator: Simulator, rule: SearchRule, config: PlanConfig = Pl
 
 
 def make_search(simulator: Simulator, rule: SearchRule, config: PlanConfig) -> Callable[..., Any]:
-    """``search(params, objective, warm [E], state [E], key, mode)`` -> (sequences [E, H, A], the next warm
-    start [E], traces [I, E])."""
+    """``search(params, objective, warm [E], state [E], E, key, mode)`` -> (sequences [E, H, A], the next
+    warm start [E], traces [I, E])."""
     block, size = config.action_block, rule.action.size
 
     def propose(params, starts: Starts, batch: int, key, mode: str) -> Array:
@@ -258,9 +258,8 @@ def make_search(simulator: Simulator, rule: SearchRule, config: PlanConfig) -> C
         scores = reduce_risk(scores, config.risk, config.risk_fraction).T
         return scores.sum(), scores
 
-    def search(params, objective: Objective, warm, state, key, mode: str):
+    def search(params, objective: Objective, warm, state, batch: int, key, mode: str):
         starts = simulator.starts(params, state)
-        batch = jax.tree.leaves(warm)[0].shape[0]
         mask = jnp.ones((batch, size)) if simulator.mask is None else simulator.mask(params, state)
         proposal_key, start_key, loop_key, value_key, select_key = jax.random.split(key, 5)
         proposals = propose(params, starts, batch, proposal_key, mode) * mask[:, None, None]
