@@ -11,24 +11,29 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import tyro
 
+import planners
 import world_models
 from mbrl import envs
 from mbrl.agents import dreamer
 from mbrl.agents.dreamer import DreamerConfig
+from mbrl.agents.planning import with_planner
 from mbrl.config import choose, config_type, differences, early_flags, load_factory, override, run_main
 from mbrl.drivers import Source
 from mbrl.errors import UserError, check_at_least
 from mbrl.latent_model import LatentConfig
 from mbrl.memory import check_memory
+from mbrl.planning import PlanConfig, RuleConfig, make_objective, make_planner
 from mbrl.presets import DREAMER as PRESETS
 from mbrl.programs import LoopConfig, make_clock
 from mbrl.run_folder import RunFolder
 from mbrl.seeds import Seeds, use_compilation_cache, use_cpu_devices, use_debugging
 from mbrl.train import Run, finish, train
+from mbrl.types import Agent, EnvSpec, WorldModel
 
 
 @dataclass(frozen=True)
@@ -37,10 +42,15 @@ class Config:
 
     model: LatentConfig
     """World model."""
+    search: RuleConfig
+    """Settings of the planner."""
     task: str = "cartpole_swingup"
     """A dm_control task by its usual name (walker_walk, cup_catch, ...), or a JAX environment (pendulum)."""
     world_model: str = "rssm"
     """World model by name."""
+    planner: str = "none"
+    """Planner by name (mppi, icem, ...) that chooses the actions, with proposals of the actor and the critic
+    at the horizon; none acts by the actor alone."""
     preset: str = "s"
     """Named settings that other flags override: xs, s for a CPU; size1m to size400m as published."""
     seed: int = 0
@@ -61,9 +71,11 @@ class Config:
     """Behaviour."""
     loop: LoopConfig = field(default_factory=LoopConfig)
     """Loop."""
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    """How the planner is used."""
 
 
-def default_config(preset: str, world_model: str) -> Config:
+def default_config(preset: str, world_model: str, planner: str) -> Config:
     """The config of a preset, before flags."""
     values = PRESETS[choose("--preset", preset, list(PRESETS))]
     model = config_type(load_factory("--world-model", world_model, world_models.REGISTRY))()
@@ -73,16 +85,25 @@ def default_config(preset: str, world_model: str) -> Config:
     agent = override(DreamerConfig(), agent | {"optimiser": values["optimiser"]})
     return Config(
         model,
+        RuleConfig() if planner == "none" else config_type(find_planner(planner))(),
         preset=preset,
         world_model=world_model,
+        planner=planner,
         agent=agent,
         loop=override(LoopConfig(), values["loop"]),
     )
 
 
+def find_planner(name: str):
+    """The factory of a search rule."""
+    return load_factory("--planner", name, planners.REGISTRY | {"none": ""})
+
+
 def parse(argv: Sequence[str]) -> Config:
     """Preset, then the stored config of a resumed run, then flags."""
-    early = early_flags(argv, preset="", world_model="rssm", num_seeds=1, run_dir="", resume=False)
+    early = early_flags(
+        argv, preset="", world_model="rssm", planner="none", num_seeds=1, run_dir="", resume=False
+    )
     use_cpu_devices(max(1, early.num_seeds))
     if early.resume:
         if not early.run_dir:
@@ -93,14 +114,15 @@ def parse(argv: Sequence[str]) -> Config:
         early.preset = "s" if cpu else "size12m"
         device = "this machine has no accelerator" if cpu else f"found {jax.devices()[0].device_kind}"
         print(f"preset {early.preset}: {device}; choose another with --preset {{{','.join(PRESETS)}}}")
-    return tyro.cli(Config, args=argv, default=default_config(early.preset, early.world_model))
+    return tyro.cli(Config, args=argv, default=default_config(early.preset, early.world_model, early.planner))
 
 
 def resumed_config(argv: Sequence[str], run_dir: str) -> Config:
     """The stored config; flags may repeat it but not change it."""
     stored = RunFolder.config_of(run_dir)["config"]
     use_cpu_devices(stored["num_seeds"])
-    config = override(default_config(stored["preset"], stored["world_model"]), stored)
+    default = default_config(stored["preset"], stored["world_model"], stored.get("planner", "none"))
+    config = override(default, stored)
     config = dataclasses.replace(config, run_dir=run_dir, resume=True)
     given = tyro.cli(Config, args=argv, default=dataclasses.replace(config, video=False, debug=False))
     config = dataclasses.replace(config, video=given.video, debug=given.debug)
@@ -123,6 +145,15 @@ def make_source(config: Config) -> Source:
     return Source(spec, make_host=lambda seed: envs.make_host(config.task, seed, repeat))
 
 
+def planned(agent: Agent, config: Config, spec: EnvSpec, model: WorldModel) -> Agent:
+    """The agent, acting by the planner if one is named. The model's continue head learned the discount."""
+    if config.planner == "none":
+        return agent
+    rule = find_planner(config.planner)(config.search, spec.action)
+    planner = make_planner(dreamer.make_simulator(config.agent, spec, model), rule, config.plan)
+    return with_planner(agent, planner, make_objective(), partial(dreamer.acting_params, config.agent))
+
+
 def main(argv: Sequence[str]) -> None:
     config = parse(argv)
     if config.debug:
@@ -135,6 +166,7 @@ def main(argv: Sequence[str]) -> None:
     seeds = Seeds.make(config.seed, config.num_seeds)
     model = make_model(config.model, source.spec)
     agent = dreamer.make(config.agent, source.spec, model, config.model.discount, clock.total_updates)
+    agent = planned(agent, config, source.spec, model)
     run = Run(agent, source, seeds, loop, clock, length)
     check_memory(run, print)
     run_dir = config.run_dir or time.strftime(f"runs/%Y%m%d-%H%M%S-{config.task}-{config.preset}")

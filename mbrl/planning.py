@@ -100,6 +100,11 @@ class Planner(NamedTuple):
 
 
 @dataclass(frozen=True)
+class RuleConfig:
+    """Settings of a search rule; each extends them by its own."""
+
+
+@dataclass(frozen=True)
 class PlanConfig:
     """How a planner uses its search rule."""
 
@@ -122,20 +127,28 @@ def check(config: PlanConfig, rule: SearchRule, simulator: Simulator) -> None:
     check_between("plan.risk_fraction", config.risk_fraction, 0, 1)
     if config.replan_every > rule.horizon:
         raise UserError(
-            f"plan.replan_every is {config.replan_every}, it must be at most the planner's horizon, "
+            f"plan.replan_every is {config.replan_every}, it must be at most search.horizon, "
             f"which is {rule.horizon}"
         )
     if rule.policy_samples and simulator.policy is None:
         raise UserError(
-            f"planner.policy_samples is {rule.policy_samples}, but there is no policy to draw them from: "
+            f"search.policy_samples is {rule.policy_samples}, but there is no policy to draw them from: "
             f"set it to 0, or choose a planner that needs no policy"
         )
 
 
-def simulator_of(model: WorldModel, policy=None, value=None, mask=None) -> Simulator:
-    """The simulator of a world model and an agent's policy, value and action mask, where it has them."""
-    shared = {name: getattr(model, name) for name in Simulator._fields if hasattr(model, name)}
-    return Simulator(**shared, policy=policy, value=value, mask=mask)
+def simulator_of(
+    model: WorldModel, policy=None, value=None, mask=None, entry: str | None = None
+) -> Simulator:
+    """The simulator of a world model and an agent's policy, value and action mask, where it has them. All get
+    the same parameters; ``entry`` names the part of them that is the model's, where they hold more."""
+
+    def of_model(function):
+        return lambda params, *args: function(params if entry is None else params[entry], *args)
+
+    names = "starts", "imagine_init", "imagine_step", "predict", "features"
+    functions = {name: of_model(getattr(model, name)) for name in names}
+    return Simulator(**functions, emit=model.emit, policy=policy, value=value, mask=mask)
 
 
 def evaluate(

@@ -51,7 +51,7 @@ def make(config: CEMConfig, action: ArraySpec) -> SearchRule:
     """Normal distributions truncated to the bounds, or independent categoricals; executes the mean, or the
     likeliest of discrete actions. The number of iterations is fixed; PETS stops at a small variance."""
     check(config, "elites")
-    check_between("planner.smoothing", config.smoothing, 0, 1)
+    check_between("search.smoothing", config.smoothing, 0, 1)
     check_positive(config, "std")
     discrete = action.classes is not None
 

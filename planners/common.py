@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from mbrl.errors import UserError, check_at_least
+from mbrl.planning import RuleConfig
 from mbrl.types import Array, ArraySpec
 
 
 @dataclass(frozen=True)
-class SearchConfig:
+class SearchConfig(RuleConfig):
     """Fields that every search rule has."""
 
     horizon: int = 12
@@ -28,19 +29,19 @@ class SearchConfig:
 def check(config: SearchConfig, *parts: str) -> None:
     """UserError for impossible counts; ``parts`` names fields that count some of the candidates."""
     for name in ("horizon", "iterations", "samples", *parts):
-        check_at_least(f"planner.{name}", getattr(config, name), 1)
-    check_at_least("planner.policy_samples", config.policy_samples, 0)
+        check_at_least(f"search.{name}", getattr(config, name), 1)
+    check_at_least("search.policy_samples", config.policy_samples, 0)
     for name in ("policy_samples", *parts):
         if (value := getattr(config, name)) > config.samples:
             raise UserError(
-                f"planner.{name} is {value}, it must be at most planner.samples, which is {config.samples}"
+                f"search.{name} is {value}, it must be at most search.samples, which is {config.samples}"
             )
 
 
 def check_positive(config: SearchConfig, name: str) -> None:
     """UserError unless the field is above 0."""
     if not (value := getattr(config, name)) > 0:
-        raise UserError(f"planner.{name} is {value}, it must be positive")
+        raise UserError(f"search.{name} is {value}, it must be positive")
 
 
 def refuse_discrete(rule: str, action: ArraySpec) -> None:

@@ -52,7 +52,7 @@ def make(config: GradientConfig, action: ArraySpec) -> SearchRule:
     """Continuous actions. Steps are clipped to [-1, 1]; a gradient that is not finite moves nothing."""
     refuse_discrete("gradient", action)
     check(config)
-    check_at_least("planner.cem_iterations", config.cem_iterations, 0)
+    check_at_least("search.cem_iterations", config.cem_iterations, 0)
     check_positive(config, "learning_rate")
     check_positive(config, "std")
     adam = optax.adam(config.learning_rate)

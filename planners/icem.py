@@ -85,11 +85,11 @@ def make(config: ICEMConfig, action: ArraySpec) -> SearchRule:
     """Continuous actions; the best sequence of the last round is executed, not the mean."""
     refuse_discrete("icem", action)
     check(config, "elites")
-    check_between("planner.smoothing", config.smoothing, 0, 1)
-    check_between("planner.keep", config.keep, 0, 1)
-    check_at_least("planner.samples", config.samples, config.elites + config.policy_samples)
-    check_at_least("planner.decay", config.decay, 1)
-    check_at_least("planner.noise_beta", config.noise_beta, 0)
+    check_between("search.smoothing", config.smoothing, 0, 1)
+    check_between("search.keep", config.keep, 0, 1)
+    check_at_least("search.samples", config.samples, config.elites + config.policy_samples)
+    check_at_least("search.decay", config.decay, 1)
+    check_at_least("search.noise_beta", config.noise_beta, 0)
     check_positive(config, "std")
     kept = max(1, round(config.keep * config.elites))  # the best is always kept, to be executed
     matrix = colour(config.horizon, config.noise_beta)

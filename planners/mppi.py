@@ -77,7 +77,7 @@ def make(config: MPPIConfig, action: ArraySpec) -> SearchRule:
     check(config, "elites")
     if not 0 < config.min_std <= config.max_std:
         raise UserError(
-            f"planner.min_std is {config.min_std}, it must be positive and at most planner.max_std, "
+            f"search.min_std is {config.min_std}, it must be positive and at most search.max_std, "
             f"which is {config.max_std}"
         )
     discrete = action.classes is not None

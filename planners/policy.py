@@ -8,13 +8,13 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from mbrl.errors import check_at_least
-from mbrl.planning import SearchRule, Stage
+from mbrl.planning import RuleConfig, SearchRule, Stage
 from mbrl.types import Array, ArraySpec
 from planners.random import keep_best
 
 
 @dataclass(frozen=True)
-class PolicyConfig:
+class PolicyConfig(RuleConfig):
     """Acting without a search."""
 
     horizon: int = 1
@@ -22,7 +22,7 @@ class PolicyConfig:
 
 
 @dataclass(frozen=True)
-class GuidedConfig:
+class GuidedConfig(RuleConfig):
     """COPlanner's settings."""
 
     horizon: int = 10
@@ -50,8 +50,8 @@ def make_guided(config: GuidedConfig, action: ArraySpec) -> SearchRule:
 
 
 def _rule(action: ArraySpec, horizon: int, samples: int, *stages: Stage, greedy: bool = False) -> SearchRule:
-    check_at_least("planner.horizon", horizon, 1)
-    check_at_least("planner.policy_samples", samples, 1)
+    check_at_least("search.horizon", horizon, 1)
+    check_at_least("search.policy_samples", samples, 1)
     return SearchRule(
         init_warm=tuple,
         start=lambda warm, proposals, key: Search(proposals[0], -jnp.inf * jnp.ones(()), proposals),

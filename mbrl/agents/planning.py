@@ -1,0 +1,46 @@
+"""An agent that plans its actions; what and how it learns stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from mbrl.planning import Objective, Planner, PlanState
+from mbrl.types import Agent, Array
+
+
+class PlanningState(NamedTuple):
+    """agent: the agent's own acting state; plan: of the planner; action: the previous action [E, A]."""
+
+    agent: Any
+    plan: PlanState
+    action: Array
+
+
+def with_planner(
+    agent: Agent, planner: Planner, objective: Objective, acting_params: Callable[[Any, str], Any]
+) -> Agent:
+    """``agent`` acting by ``planner`` instead of its policy, in training and evaluation.
+
+    acting_params(train, mode) -> parameters for the planner's simulator. The agent's acting state has a field
+    ``state``, the simulator's acting state, and a field ``action``. Its policy's own noise is not used: the
+    search rule explores, or does not.
+    """
+
+    def init_actor(train, batch: int) -> PlanningState:
+        state = agent.init_actor(train, batch)
+        return PlanningState(state, planner.init(batch), state.action.copy())
+
+    def act(train, actor: PlanningState, obs, is_first, key, mode: str):
+        agent_key, plan_key = jax.random.split(key)
+        before = actor.agent._replace(action=actor.action)
+        _, state, info = agent.act(train, before, obs, is_first, agent_key, mode)
+        params = acting_params(train, mode)
+        action, plan, traces = planner.plan(
+            params, objective, actor.plan, state.state, is_first, plan_key, mode
+        )
+        return action, PlanningState(state._replace(action=action), plan, action), info | {"plan": traces}
+
+    return agent._replace(init_actor=init_actor, act=act)
