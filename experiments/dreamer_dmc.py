@@ -9,15 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 
+import planners
 import world_models
 from mbrl.agents import dreamer
 from mbrl.agents.dreamer import DreamerConfig
+from mbrl.agents.planning import default_search, planned
 from mbrl.config import choose, config_type, load_factory, override, run_main
 from mbrl.experiment import Experiment, execute, parse
 from mbrl.latent_model import LatentConfig
+from mbrl.planning import PlanConfig, RuleConfig
 from mbrl.presets import DREAMER as PRESETS
 from mbrl.programs import LoopConfig
 from mbrl.types import Agent, EnvSpec
@@ -29,32 +33,48 @@ class Config(Experiment):
 
     model: LatentConfig
     """World model."""
+    search: RuleConfig
+    """Settings of the planner."""
     world_model: str = "rssm"
     """World model by name."""
+    planner: str = "none"
+    """Planner by name (mppi, icem, ...) that chooses the actions, with proposals of the actor and the critic
+    at the horizon; none acts by the actor alone."""
     agent: DreamerConfig = field(default_factory=DreamerConfig)
     """Behaviour."""
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    """How the planner is used."""
 
 
-def default_config(preset: str, world_model: str) -> Config:
+def default_config(preset: str, world_model: str, planner: str) -> Config:
     """The config of a preset, before flags."""
     values = PRESETS[choose("--preset", preset, list(PRESETS))]
     model = config_type(load_factory("--world-model", world_model, world_models.LATENT))()
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    model = override(model, {"dtype": dtype} | values["model"] | values.get(world_model, {}))
     agent = values["agent"] | values.get(f"agent/{world_model}", {})
-    agent = override(DreamerConfig(), agent | {"optimiser": values["optimiser"]})
-    loop = override(LoopConfig(), values["loop"])
-    return Config(model=model, preset=preset, world_model=world_model, agent=agent, loop=loop)
+    return Config(
+        preset=preset,
+        world_model=world_model,
+        planner=planner,
+        model=override(model, {"dtype": dtype} | values["model"] | values.get(world_model, {})),
+        search=default_search(planner, planners.REGISTRY),
+        agent=override(DreamerConfig(), agent | {"optimiser": values["optimiser"]}),
+        loop=override(LoopConfig(), values["loop"]),
+    )
 
 
 def make_agent(config: Config, spec: EnvSpec, total_updates: int) -> Agent:
     make_model = load_factory("--world-model", config.world_model, world_models.LATENT)
     model = make_model(config.model, spec)
-    return dreamer.make(config.agent, spec, model, config.model.discount, total_updates)
+    agent = dreamer.make(config.agent, spec, model, config.model.discount, total_updates)
+    simulator = dreamer.make_simulator(config.agent, spec, model)
+    return planned(
+        agent, simulator, partial(dreamer.acting_params, config.agent), config, planners.REGISTRY, spec
+    )
 
 
 def main(argv: Sequence[str]) -> None:
-    config = parse(argv, default_config, list(PRESETS), accelerator="size12m", world_model="rssm")
+    config = parse(argv, default_config, PRESETS, "size12m", world_model="rssm", planner="none")
     # With replay context, one row more: its stored latent is where a sequence begins.
     execute(config, make_agent, int(config.agent.replay_context), f"Dreamer, {config.world_model}")
 

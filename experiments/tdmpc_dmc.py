@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 
 import planners
 from mbrl.agents import tdmpc
+from mbrl.agents.planning import default_search, planned
 from mbrl.agents.tdmpc import TDMPCConfig
-from mbrl.config import choose, config_type, load_factory, override, run_main
+from mbrl.config import choose, override, run_main
 from mbrl.experiment import Experiment, execute, parse
 from mbrl.losses import episode_discount
-from mbrl.planning import PlanConfig
+from mbrl.planning import PlanConfig, RuleConfig
 from mbrl.presets import TDMPC as PRESETS
 from mbrl.programs import LoopConfig
 from mbrl.types import Agent, EnvSpec
-from planners.common import SearchConfig
 from world_models.tdmpc import TDMPCModelConfig, make
 
 
@@ -28,32 +28,26 @@ from world_models.tdmpc import TDMPCModelConfig, make
 class Config(Experiment):
     """TD-MPC2: planning in a latent world model with a learned terminal value and policy prior."""
 
-    search: SearchConfig
-    """What the planner searches with."""
+    search: RuleConfig
+    """Settings of the planner."""
     planner: str = "mppi"
-    """Search rule by name, or none: act by the policy prior alone."""
+    """Planner by name (mppi, icem, ...) that chooses the actions; none acts by the policy prior alone."""
     model: TDMPCModelConfig = field(default_factory=TDMPCModelConfig)
     """World model."""
     agent: TDMPCConfig = field(default_factory=TDMPCConfig)
     """Value and policy."""
     plan: PlanConfig = field(default_factory=PlanConfig)
-    """How plans are made and used."""
-
-
-def make_rule(name: str):
-    """The factory of a search rule."""
-    rules = {"none": planners.REGISTRY["mppi"]} | planners.REGISTRY  # none: settings without effect
-    return load_factory("--planner", name, rules)
+    """How the planner is used."""
 
 
 def default_config(preset: str, planner: str) -> Config:
     """The config of a preset, before flags."""
     values = PRESETS[choose("--preset", preset, list(PRESETS))]
-    search = config_type(make_rule(planner))()
+    search = default_search(planner, planners.REGISTRY)
     return Config(
         preset=preset,
         planner=planner,
-        search=override(search, {k: v for k, v in values["search"].items() if hasattr(search, k)}),
+        search=override(search, values["search"].get(planner, {})),
         model=override(TDMPCModelConfig(), values["model"]),
         agent=override(TDMPCConfig(), values["agent"]),
         loop=override(LoopConfig(), values["loop"]),
@@ -61,14 +55,15 @@ def default_config(preset: str, planner: str) -> Config:
 
 
 def make_agent(config: Config, spec: EnvSpec, total_updates: int) -> Agent:
-    rule = None if config.planner == "none" else make_rule(config.planner)(config.search, spec.action)
     discount = config.model.discount or episode_discount(spec.max_steps)
     model = make(config.model, spec)
-    return tdmpc.make(config.agent, spec, model, discount, total_updates, rule, config.plan)
+    agent = tdmpc.make(config.agent, spec, model, discount, total_updates)
+    simulator = tdmpc.make_simulator(config.agent, spec, model, discount)
+    return planned(agent, simulator, tdmpc.acting_params, config, planners.REGISTRY, spec)
 
 
 def main(argv: Sequence[str]) -> None:
-    config = parse(argv, default_config, list(PRESETS), accelerator="5M", planner="mppi")
+    config = parse(argv, default_config, PRESETS, "5M", planner="mppi")
     # H transitions have H + 1 rows.
     execute(config, make_agent, extra_rows=1, name=f"TD-MPC2, planner {config.planner}")
 

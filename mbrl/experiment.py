@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -53,7 +53,7 @@ C = TypeVar("C", bound=Experiment)
 
 
 def parse(
-    argv: Sequence[str], default: Callable[..., C], presets: Sequence[str], accelerator: str, **parts: str
+    argv: Sequence[str], default: Callable[..., C], presets: Iterable[str], accelerator: str, **parts: str
 ) -> C:
     """The config: of a preset or of the run to resume, then flags.
 
@@ -65,7 +65,7 @@ def parse(
     if early.resume:
         if not early.run_dir:
             raise UserError("--resume needs --run-dir: the folder of the run to continue")
-        return resumed(argv, default, early.run_dir, list(parts))
+        return resumed(argv, default, early.run_dir, parts)
     if not early.preset:
         cpu = jax.default_backend() == "cpu"
         early.preset = "s" if cpu else accelerator
@@ -75,11 +75,13 @@ def parse(
     return tyro.cli(type(config), args=argv, default=config)
 
 
-def resumed(argv: Sequence[str], default: Callable[..., C], run_dir: str, parts: Sequence[str]) -> C:
+def resumed(argv: Sequence[str], default: Callable[..., C], run_dir: str, parts: dict[str, str]) -> C:
     """The stored config; flags may repeat it but not change it."""
     stored = RunFolder.config_of(run_dir)["config"]
     use_cpu_devices(stored["num_seeds"])
-    config = override(default(stored["preset"], **{name: stored[name] for name in parts}), stored)
+    # A run from before a part could be chosen has the default one.
+    named = {name: stored.get(name, value) for name, value in parts.items()}
+    config = override(default(stored["preset"], **named), stored)
     config = dataclasses.replace(config, run_dir=run_dir, resume=True)
     given = tyro.cli(type(config), args=argv, default=dataclasses.replace(config, video=False, debug=False))
     config = dataclasses.replace(config, video=given.video, debug=given.debug)

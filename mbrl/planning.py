@@ -23,7 +23,7 @@ class Objective(NamedTuple):
     """What a search maximises; arrays, so that values can differ per seed and change without a recompile.
 
     With D_t = product over s <= t of discount * cont_s, the score of a rollout of H steps is
-    sum_{t=1..H} D_{t-1} (reward_t + sum_k uncertainty[k] u_t[k]) + value D_H (V_H + sum_k uncertainty[k] u_V[k]).
+    sum_{t=1..H} D_{t-1} (reward_t + w u_t) + value D_H (V_H + w u_V), where w u sums over uncertainties.
 
     discount: factor per imagined step [], beside the model's own ``cont``; 1 for models whose continue head
     learned the discount (all of `mbrl.latent_model`). value: weight of the terminal value [], usually 0 or 1.
@@ -59,8 +59,8 @@ class SearchRule(NamedTuple):
         score is not finite comes with -inf; at least one is finite, else the search stays as it was
     select(search, key, mode) -> sequence [H, A] to execute
     shift(search, steps) -> warm, after ``steps`` actions were executed
-    action: what it searches over. horizon: H, in actions. stages: one after the other. policy_samples: K, proposals that it wants from the
-    policy. greedy: whether proposals are the policy's most likely actions in mode "eval".
+    action: what it searches over. horizon: H, in actions. stages: one after the other. policy_samples: K,
+    proposals that it wants from the policy. greedy: whether these are its most likely actions in mode "eval".
     """
 
     init_warm: Callable[[], PyTree]
@@ -100,6 +100,11 @@ class Planner(NamedTuple):
 
 
 @dataclass(frozen=True)
+class RuleConfig:
+    """Settings of a search rule; each extends them by its own."""
+
+
+@dataclass(frozen=True)
 class PlanConfig:
     """How a planner uses its search rule."""
 
@@ -122,20 +127,28 @@ def check(config: PlanConfig, rule: SearchRule, simulator: Simulator) -> None:
     check_between("plan.risk_fraction", config.risk_fraction, 0, 1)
     if config.replan_every > rule.horizon:
         raise UserError(
-            f"plan.replan_every is {config.replan_every}, it must be at most the planner's horizon, "
+            f"plan.replan_every is {config.replan_every}, it must be at most search.horizon, "
             f"which is {rule.horizon}"
         )
     if rule.policy_samples and simulator.policy is None:
         raise UserError(
-            f"planner.policy_samples is {rule.policy_samples}, but there is no policy to draw them from: "
+            f"search.policy_samples is {rule.policy_samples}, but there is no policy to draw them from: "
             f"set it to 0, or choose a planner that needs no policy"
         )
 
 
-def simulator_of(model: WorldModel, policy=None, value=None, mask=None) -> Simulator:
-    """The simulator of a world model and an agent's policy, value and action mask, where it has them."""
-    shared = {name: getattr(model, name) for name in Simulator._fields if hasattr(model, name)}
-    return Simulator(**shared, policy=policy, value=value, mask=mask)
+def simulator_of(
+    model: WorldModel, policy=None, value=None, mask=None, entry: str | None = None
+) -> Simulator:
+    """The simulator of a world model and an agent's policy, value and action mask, where it has them. All get
+    the same parameters; ``entry`` names the part of them that is the model's, where they hold more."""
+
+    def of_model(function):
+        return lambda params, *args: function(params if entry is None else params[entry], *args)
+
+    names = "starts", "imagine_init", "imagine_step", "predict", "features"
+    functions = {name: of_model(getattr(model, name)) for name in names}
+    return Simulator(**functions, emit=model.emit, policy=policy, value=value, mask=mask)
 
 
 def evaluate(
@@ -212,7 +225,7 @@ def make_planner(simulator: Simulator, rule: SearchRule, config: PlanConfig = Pl
         due = warm.left == 0
 
         def replan(warm: PlanState):
-            actions, following, trace = search(params, objective, warm.warm, state, key, mode)
+            actions, following, trace = search(params, objective, warm.warm, state, batch, key, mode)
             actions = jnp.repeat(actions[:, : config.replan_every], config.action_block, 1)
             fresh = PlanState(following, actions, jnp.full(batch, executed, jnp.int32))
             return where_env(due, fresh, warm), jax.tree.map(lambda x: jnp.where(due, x, jnp.nan), trace)
@@ -234,8 +247,8 @@ def make_planner(simulator: Simulator, rule: SearchRule, config: PlanConfig = Pl
 
 
 def make_search(simulator: Simulator, rule: SearchRule, config: PlanConfig) -> Callable[..., Any]:
-    """``search(params, objective, warm [E], state [E], key, mode)`` -> (sequences [E, H, A], the next warm
-    start [E], traces [I, E])."""
+    """``search(params, objective, warm [E], state [E], E, key, mode)`` -> (sequences [E, H, A], the next
+    warm start [E], traces [I, E])."""
     block, size = config.action_block, rule.action.size
 
     def propose(params, starts: Starts, batch: int, key, mode: str) -> Array:
@@ -258,9 +271,8 @@ def make_search(simulator: Simulator, rule: SearchRule, config: PlanConfig) -> C
         scores = reduce_risk(scores, config.risk, config.risk_fraction).T
         return scores.sum(), scores
 
-    def search(params, objective: Objective, warm, state, key, mode: str):
+    def search(params, objective: Objective, warm, state, batch: int, key, mode: str):
         starts = simulator.starts(params, state)
-        batch = jax.tree.leaves(warm)[0].shape[0]
         mask = jnp.ones((batch, size)) if simulator.mask is None else simulator.mask(params, state)
         proposal_key, start_key, loop_key, value_key, select_key = jax.random.split(key, 5)
         proposals = propose(params, starts, batch, proposal_key, mode) * mask[:, None, None]

@@ -102,9 +102,9 @@ DREAMER: dict[str, Preset] = {
 
 
 def _tdmpc(
-    layers: int, encoder: int, units: int, latent: int, critics: int, search: dict[str, Any], loop: dict[str, Any]
+    layers: int, encoder: int, units: int, latent: int, critics: int, search: Preset, loop: dict[str, Any]
 ) -> Preset:
-    """Sizes of TD-MPC2. layers: hidden ones of the encoder."""
+    """Sizes of TD-MPC2. layers: hidden ones of the encoder. search: settings by planner."""
     return {
         "model": {"encoder_layers": layers, "encoder_units": encoder, "units": units, "latent": latent},
         "agent": {"units": units, "critics": critics},
@@ -130,7 +130,7 @@ def _tdmpc_published(layers: int, encoder: int, units: int, latent: int, critics
 def _tdmpc_small() -> Preset:
     """For CPU cores: narrow, a tenth of the candidates and half of the iterations, a higher learning rate, one
     update per two agent steps."""
-    search = {"samples": 64, "elites": 16, "policy_samples": 12, "iterations": 3}
+    search = {"mppi": {"samples": 64, "elites": 16, "policy_samples": 12, "iterations": 3}}
     loop = {
         "num_envs": 4,
         "batch_size": 128,

@@ -205,8 +205,8 @@ class WorldModel(NamedTuple):
 class Simulator(NamedTuple):
     """What a search rolls forward: a world model, or a true environment, and what an agent knows of it.
 
-    starts, imagine_init, imagine_step, predict, features and emit as in `WorldModel`; a search calls them with
-    leading axes [N, P, E]: candidates, particles, environments
+    starts, imagine_init, imagine_step, predict, features and emit as in `WorldModel`; a search calls them
+        with leading axes [N, P, E]: candidates, particles, environments
     policy(params, features [..., F], key) -> action [..., A]; key None asks for its most likely action.
         None where there is no policy
     value(params, features [..., F], key) -> return from there on [...], or a pair of it and a dict of named

@@ -2,4 +2,11 @@
 
 REGISTRY = {
     "mppi": "planners.mppi:make",
+    "mppi_classic": "planners.mppi:make_classic",
+    "cem": "planners.cem:make",
+    "icem": "planners.icem:make",
+    "random": "planners.random:make",
+    "gradient": "planners.gradient:make",
+    "policy": "planners.policy:make",
+    "guided": "planners.policy:make_guided",
 }

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from mbrl.errors import UserError, check_at_least
+from mbrl.planning import RuleConfig
 from mbrl.types import Array, ArraySpec
 
 
 @dataclass(frozen=True)
-class SearchConfig:
+class SearchConfig(RuleConfig):
     """Fields that every search rule has."""
 
     horizon: int = 12
@@ -21,21 +22,30 @@ class SearchConfig:
     """Rounds of candidates per plan (I)."""
     samples: int = 256
     """Candidates per round (N), those of the policy included."""
+    policy_samples: int = 0
+    """Sequences of the policy among the candidates of every round."""
 
 
-def check(config: SearchConfig, *at_least_one: str) -> None:
-    """UserError unless the common counts, and those named, are 1 or more."""
-    for name in ("horizon", "iterations", "samples", *at_least_one):
-        check_at_least(f"planner.{name}", getattr(config, name), 1)
+def check(config: SearchConfig, *parts: str) -> None:
+    """UserError for impossible counts; ``parts`` names fields that count some of the candidates."""
+    for name in ("horizon", "iterations", "samples", *parts):
+        check_at_least(f"search.{name}", getattr(config, name), 1)
+    check_at_least("search.policy_samples", config.policy_samples, 0)
+    for name in ("policy_samples", *parts):
+        if (value := getattr(config, name)) > config.samples:
+            raise UserError(
+                f"search.{name} is {value}, it must be at most search.samples, which is {config.samples}"
+            )
 
 
-def check_at_most_samples(config: SearchConfig, name: str) -> None:
-    """UserError if a part of the candidates is more than all of them."""
-    if (value := getattr(config, name)) > config.samples:
-        raise UserError(f"planner.{name} is {value}, it must be at most planner.samples, {config.samples}")
+def check_positive(config: SearchConfig, name: str) -> None:
+    """UserError unless the field is above 0."""
+    if not (value := getattr(config, name)) > 0:
+        raise UserError(f"search.{name} is {value}, it must be positive")
 
 
 def refuse_discrete(rule: str, action: ArraySpec) -> None:
+    """UserError for a rule that cannot search one-hot actions."""
     if action.classes is not None:
         raise UserError(
             f"planner {rule} searches continuous actions, and these are discrete: use mppi, cem or random"
@@ -73,3 +83,9 @@ def moments(elites: Array, weights: Array) -> tuple[Array, Array]:
 def shifted(sequence: Array, steps: int, tail: Array) -> Array:
     """The sequence [H, ...] from ``steps`` on, ``tail`` [steps, ...] behind it."""
     return jnp.concatenate([sequence[steps:], tail])
+
+
+def elite_weights(scores: Array) -> Array:
+    """Equal weights [K] of the elites, none for those whose score is not finite; at least one must be."""
+    finite = jnp.isfinite(scores)
+    return finite / finite.sum()

@@ -19,7 +19,6 @@ from planners.common import (
     SearchConfig,
     best,
     check,
-    check_at_most_samples,
     draw,
     moments,
     neutral,
@@ -38,7 +37,6 @@ class MPPIConfig(SearchConfig):
     elites: int = 64
     """Best candidates that form the next mean and spread (K)."""
     policy_samples: int = 24
-    """Sequences of the policy among the candidates of every round."""
     temperature: float = 0.5
     """Factor of the score in an elite's weight exp(temperature * score) (tau; the classic 1 / lambda)."""
     min_std: float = 0.05
@@ -64,7 +62,7 @@ class ClassicMPPIConfig(MPPIConfig):
 
 
 class Search(NamedTuple):
-    """mean, std: [H, A]; of discrete actions the mean is their chances. elites: [K, H, A] with weights [K]."""
+    """mean, std: [H, A]; of discrete actions the mean is their chances. elites: [K, H, A], weights: [K]."""
 
     mean: Array
     std: Array
@@ -77,11 +75,9 @@ def make(config: MPPIConfig, action: ArraySpec) -> SearchRule:
     """The rule for continuous or one-hot actions. With one iteration, discrete actions are searched as in
     TD-MPC2's branch for them: uniform sequences beside the policy's, without a warm start."""
     check(config, "elites")
-    for name in ("elites", "policy_samples"):
-        check_at_most_samples(config, name)
     if not 0 < config.min_std <= config.max_std:
         raise UserError(
-            f"planner.min_std is {config.min_std}, it must be positive and at most planner.max_std, "
+            f"search.min_std is {config.min_std}, it must be positive and at most search.max_std, "
             f"which is {config.max_std}"
         )
     discrete = action.classes is not None

@@ -129,7 +129,9 @@ def make(config: TDMPCModelConfig, spec: EnvSpec) -> WorldModel:
             "reward": reward_dist(params, source, posterior.action).loss(traj.reward),
         }
         if c.episodic:
-            losses["termination"] = termination_dist(params, predicted).loss(traj.is_terminal)
+            losses["termination"] = termination_dist(params, predicted).loss(
+                traj.is_terminal.astype(jnp.float32)
+            )
         after = Memory(jax.tree.map(lambda x: x[-1], posterior), last, jnp.zeros_like(state.empty))
         losses = {name: live * loss for name, loss in losses.items()}
         return Observed(after, Starts((), posterior), z, losses, {}, predicted)

@@ -5,6 +5,7 @@ Where the published code and paper differ, this follows the code, which made the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,12 +14,12 @@ import jax.numpy as jnp
 import optax
 
 from mbrl import losses, optimisers
-from mbrl.distributions import one_hot, symlog_two_hot, tanh_normal
+from mbrl.distributions import OneHot, SymlogTwoHot, TanhNormal, one_hot, symlog_two_hot, tanh_normal
 from mbrl.errors import UserError, check_at_least, check_between
 from mbrl.networks import NormedMLP, apply
 from mbrl.optimisers import OptimiserConfig
-from mbrl.planning import PlanConfig, make_objective, make_planner, simulator_of
-from mbrl.types import Agent, Array, EnvSpec, Trajectory, UpdateInfo, WorldModel
+from mbrl.planning import simulator_of
+from mbrl.types import Agent, Array, EnvSpec, Simulator, Trajectory, UpdateInfo, WorldModel
 
 sg = jax.lax.stop_gradient
 
@@ -76,18 +77,24 @@ class TrainState(NamedTuple):
 
 
 class ActorState(NamedTuple):
-    """Carried while acting, per environment: the model's state, the previous action, the planner's memory."""
+    """Carried while acting, per environment: the model's state and the previous action."""
 
     state: Any
     action: Array
-    plan: Any
 
 
 def check(config: TDMPCConfig) -> None:
     """UserError for impossible values."""
     check_at_least("agent.units", config.units, 1)
     check_at_least("agent.critics", config.critics, 2)
-    for name in ("bin_limit", "entropy", "scale_consistency", "scale_reward", "scale_value", "scale_termination"):
+    for name in (
+        "bin_limit",
+        "entropy",
+        "scale_consistency",
+        "scale_reward",
+        "scale_value",
+        "scale_termination",
+    ):
         check_at_least(f"agent.{name}", getattr(config, name), 0)
     for name in ("rho", "scale_rate", "target_rate"):
         check_between(f"agent.{name}", getattr(config, name), 0, 1)
@@ -96,37 +103,27 @@ def check(config: TDMPCConfig) -> None:
         raise UserError(f"agent.bins is {config.bins}, it must be odd and at least 3")
 
 
-def make(
-    config: TDMPCConfig,
-    spec: EnvSpec,
-    model: WorldModel,
-    discount: float,
-    total_updates: int,
-    rule: Any = None,
-    plan: PlanConfig = PlanConfig(),
-) -> Agent:
-    """TD-MPC2 on a world model that gives ``Observed.predicted``.
+class Behaviour(NamedTuple):
+    """Networks, and what they say: ``policy(params, features)`` is a distribution, ``values(params [Q, ...],
+    features, action, key)`` are those of every critic [Q, ...], with dropout where there is a key."""
 
-    discount: per agent step, the one in the model's ``cont``. total_updates: length of the run, for the
-    learning-rate schedule. rule: the search rule to act by; None acts by the policy alone.
-    """
-    check(config)
+    actor: NormedMLP
+    critic: NormedMLP
+    policy: Callable[..., OneHot | TanhNormal]
+    values: Callable[..., SymlogTwoHot]
+
+
+def behaviour(config: TDMPCConfig, spec: EnvSpec) -> Behaviour:
+    """Policy and critics for the actions of ``spec``."""
     discrete, size = spec.action.classes is not None, spec.action.size
     actor = NormedMLP(2, config.units, size if discrete else 2 * size)
     critic = NormedMLP(2, config.units, config.bins, dropout=config.dropout, zero_out=True)
-    groups = {rf"^model/{k}": v for k, v in model.param_groups().items()}
-    optimiser = optimisers.make(config.optimiser, total_updates, groups)
-    actor_optimiser = optimisers.make(config.actor_optimiser, total_updates)
-    scales = {k: getattr(config, f"scale_{k}") for k in ("consistency", "reward", "termination")}
-
-    # Networks ------------------------------------------------------------------------------------------
 
     def policy(params, features):
         out = apply(actor, params, features)
         return one_hot(out) if discrete else tanh_normal(out)
 
     def values(params, features, action, key=None):
-        """Distributions of every critic in ``params`` [Q, ...] -> [Q, ...]. key: of the dropout, None for none."""
         x = jnp.concatenate([features, action.astype(features.dtype)], -1)
         if key is None:
             logits = jax.vmap(lambda p: apply(critic, p, x))(params)
@@ -135,17 +132,68 @@ def make(
             logits = jax.vmap(lambda p, k: apply(critic, p, x, k))(params, keys)
         return symlog_two_hot(logits, config.bin_limit)
 
-    def two_of(params, key):
-        """The parameters of two different critics, drawn at random."""
-        if config.critics == 2:
-            return params
-        index = jax.random.choice(key, config.critics, (2,), replace=False)
-        return jax.tree.map(lambda x: x[index], params)
+    return Behaviour(actor, critic, policy, values)
+
+
+def two_of(critics, key):
+    """The parameters of two different critics, drawn at random from ``critics`` [Q, ...]."""
+    count = jax.tree.leaves(critics)[0].shape[0]
+    if count == 2:
+        return critics
+    index = jax.random.choice(key, count, (2,), replace=False)
+    return jax.tree.map(lambda x: x[index], critics)
+
+
+def make_simulator(config: TDMPCConfig, spec: EnvSpec, model: WorldModel, discount: float) -> Simulator:
+    """What a planner needs of TD-MPC2; its parameters are those of the agent. discount: as in `make`."""
+    _, _, policy, values = behaviour(config, spec)
+
+    def act(params, features, key):
+        dist = policy(params["actor"], features)
+        return dist.mode() if key is None else dist.sample(key)
+
+    def value(params, features, key):
+        """Mean of two critics at an action of the policy."""
+        pair_key, action_key = jax.random.split(key)
+        action = act(params, features, action_key)
+        return values(two_of(params["critic"], pair_key), features, action).mean().mean(0)
+
+    simulator = simulator_of(model, act, value, entry="model")
+
+    def predict(params, state):
+        """A plan ends where termination is the likelier outcome."""
+        prediction = simulator.predict(params, state)
+        return prediction._replace(cont=jnp.where(prediction.cont > 0.5 * discount, discount, 0.0))
+
+    return simulator._replace(predict=predict)
+
+
+def acting_params(train: TrainState, mode: str) -> dict[str, Any]:
+    """Parameters {"model", "critic", "actor"} that act, in both modes."""
+    return train.params
+
+
+def make(config: TDMPCConfig, spec: EnvSpec, model: WorldModel, discount: float, total_updates: int) -> Agent:
+    """TD-MPC2 on a world model that gives ``Observed.predicted``; it acts by its policy, until
+    `mbrl.agents.planning` adds a planner.
+
+    discount: per agent step, the one in the model's ``cont``. total_updates: length of the run, for the
+    learning-rate schedule.
+    """
+    check(config)
+    size = spec.action.size
+    actor, critic, policy, values = behaviour(config, spec)
+    groups = {rf"^model/{k}": v for k, v in model.param_groups().items()}
+    optimiser = optimisers.make(config.optimiser, total_updates, groups)
+    actor_optimiser = optimisers.make(config.actor_optimiser, total_updates)
+    scales = {k: getattr(config, f"scale_{k}") for k in ("consistency", "reward", "termination")}
 
     def init(key) -> TrainState:
         model_key, critic_key, actor_key = jax.random.split(key, 3)
         params = {"model": model.init(model_key)}
-        z = model.features(params["model"], model.starts(params["model"], model.init_state(params["model"], 1)).states)
+        z = model.features(
+            params["model"], model.starts(params["model"], model.init_state(params["model"], 1)).states
+        )
         inputs = jnp.concatenate([z, jnp.zeros((1, size), z.dtype)], -1)
         params["critic"] = jax.vmap(lambda k: critic.init(k, inputs)["params"])(
             jax.random.split(critic_key, config.critics)
@@ -161,60 +209,24 @@ def make(
             updates=jnp.zeros((), jnp.int32),
         )
 
-    # Acting --------------------------------------------------------------------------------------------
-
-    def choose(params, features, key):
-        """An action of the policy; the most likely one without a key."""
-        dist = policy(params["actor"], features)
-        return dist.mode() if key is None else sg(dist.sample(key))
-
-    def terminal_value(params, features, key):
-        """Mean of two critics at an action of the policy."""
-        pair_key, action_key = jax.random.split(key)
-        action = choose(params, features, action_key)
-        return values(two_of(params["critic"], pair_key), features, action).mean().mean(0)
-
-    def likely_end(prediction):
-        """A plan ends where termination is the likelier outcome."""
-        return prediction._replace(cont=jnp.where(prediction.cont > 0.5 * discount, discount, 0.0))
-
-    # To a planner, the parameters are those of the whole agent.
-    of_agent = simulator_of(model, choose, terminal_value)._replace(
-        starts=lambda params, state: model.starts(params["model"], state),
-        imagine_init=lambda params, *args: model.imagine_init(params["model"], *args),
-        imagine_step=lambda params, *args: model.imagine_step(params["model"], *args),
-        predict=lambda params, state: likely_end(model.predict(params["model"], state)),
-        features=lambda params, state: model.features(params["model"], state),
-    )
-    planner = None if rule is None else make_planner(of_agent, rule, plan)
-    objective = make_objective()  # the model's ``cont`` holds the discount
-
     def init_actor(train: TrainState, batch: int) -> ActorState:
-        state = model.init_state(train.params["model"], batch)
-        return ActorState(state, jnp.zeros((batch, size)), () if planner is None else planner.init(batch))
+        return ActorState(model.init_state(train.params["model"], batch), jnp.zeros((batch, size)))
 
     def act(train: TrainState, actor_state: ActorState, obs, is_first, key, mode: str):
-        params, memory = train.params, actor_state.plan
-        state_key, action_key = jax.random.split(key)
+        params, (state_key, action_key) = train.params, jax.random.split(key)
         state = model.observe_step(
             params["model"], actor_state.state, actor_state.action, obs, is_first, state_key
         )
-        if mode == "watch":
-            action = actor_state.action
-        elif planner is not None:
-            action, memory, _ = planner.plan(params, objective, memory, state, is_first, action_key, mode)
-        else:
-            features = model.features(params["model"], model.starts(params["model"], state).states)
-            action = choose(params, features, None if mode == "eval" else action_key)
-        return action, ActorState(state, action, memory), {"latent": ()}
-
-    # Learning ------------------------------------------------------------------------------------------
+        now = model.starts(params["model"], state).states
+        dist = policy(params["actor"], model.features(params["model"], now))
+        action = dist.mode() if mode == "eval" else dist.sample(action_key)
+        return action, ActorState(state, action), {"latent": ()}
 
     def targets(train: TrainState, features, traj: Trajectory, key):
         """TD targets of the transitions into ``traj`` [H, B], from the observed latents they arrive at: the
         smaller of two target critics (eq. 4)."""
         pair_key, action_key = jax.random.split(key)
-        action = choose(train.params, features, action_key)
+        action = policy(train.params["actor"], features).sample(action_key)
         value = values(two_of(train.target, pair_key), features, action).mean().min(0)
         return losses.td_target(traj.reward, traj.is_terminal, value, discount)
 
@@ -252,24 +264,33 @@ def make(
         def over_all(params):
             dist = policy(params, features)
             repeated = jnp.broadcast_to(features, (size, *features.shape))
-            choices = jnp.broadcast_to(jnp.eye(size)[:, *[None] * (features.ndim - 1)], (*repeated.shape[:-1], size))
+            choices = jnp.broadcast_to(
+                jnp.eye(size)[:, *[None] * (features.ndim - 1)], (*repeated.shape[:-1], size)
+            )
             value = values(critics, repeated, choices, dropout_key).mean().mean(0)
             return (jnp.moveaxis(value, 0, -1) * jnp.exp(dist.log_probs)).sum(-1), dist.entropy()
 
-        return over_all if discrete else continuous
+        return continuous if spec.action.classes is None else over_all
 
     def policy_loss(params, evaluate, weight, scale):
         """Maximum value and entropy along the predicted latents [H+1, B] (eq. 5)."""
         value, entropy = evaluate(params)
         scale = losses.update_scale(scale, value[0], config.scale_rate)
         loss = (weight * (-value / scale - config.entropy * entropy)).mean()
-        metrics = {"actor_loss": loss, "entropy_actor": entropy.mean(), "value": value.mean(), "value_scale": scale}
+        metrics = {
+            "actor_loss": loss,
+            "entropy_actor": entropy.mean(),
+            "value": value.mean(),
+            "value_scale": scale,
+        }
         return loss, (scale, metrics)
 
     def update(train: TrainState, traj: Trajectory, key) -> tuple[TrainState, UpdateInfo]:
         model_key, pair_key, policy_key = jax.random.split(key, 3)
         learned = {k: train.params[k] for k in ("model", "critic")}
-        grads, (predicted, weight, metrics) = jax.grad(model_loss, has_aux=True)(learned, train, traj, model_key)
+        grads, (predicted, weight, metrics) = jax.grad(model_loss, has_aux=True)(
+            learned, train, traj, model_key
+        )
         updates, opt = optimiser.update(grads, train.opt, learned)
         learned: Any = optax.apply_updates(learned, updates)
         evaluate = action_values(two_of(learned["critic"], pair_key), predicted, policy_key)
@@ -279,7 +300,10 @@ def make(
         updates, actor_opt = actor_optimiser.update(actor_grads, train.actor_opt, train.params["actor"])
         params = learned | {"actor": optax.apply_updates(train.params["actor"], updates)}
         target = optax.incremental_update(learned["critic"], train.target, config.target_rate)
-        metrics |= more | {"grad_norm": optax.tree.norm(grads), "actor_grad_norm": optax.tree.norm(actor_grads)}
+        metrics |= more | {
+            "grad_norm": optax.tree.norm(grads),
+            "actor_grad_norm": optax.tree.norm(actor_grads),
+        }
         return TrainState(params, target, opt, actor_opt, scale, train.updates + 1), UpdateInfo(metrics)
 
     return Agent(init, init_actor, act, update)
