@@ -1,4 +1,4 @@
-"""What every experiment does around its agent: flags, presets, resume, environments, the run folder, the loop."""
+"""What every experiment does around its agent: flags, presets, resume, environments, run folder, loop."""
 
 from __future__ import annotations
 

@@ -108,12 +108,12 @@ def replay_returns(
     return lambda_return(reward, cont, bootstrap, lam * (1.0 - is_last.astype(jnp.float32)))
 
 
-# TD-MPC2 (arXiv 2310.16828) ---------------------------------------------------------------------------------
+# TD-MPC2 (arXiv 2310.16828) ------------------------------------------------------------------------------
 
 
 def episode_discount(max_steps: int | None) -> float:
-    """Discount for episodes of ``max_steps`` agent steps: 1 - 5 / max_steps within [0.95, 0.995], so that five
-    horizons fit into an episode (TD-MPC2, appendix "Discount factor"). Without a time limit: 0.995."""
+    """Discount for episodes of ``max_steps`` agent steps: 1 - 5 / max_steps within [0.95, 0.995], so that
+    five horizons fit into an episode (TD-MPC2's heuristic). Without a time limit: 0.995."""
     return 0.995 if max_steps is None else min(max(1 - 5 / max_steps, 0.95), 0.995)
 
 
@@ -124,8 +124,8 @@ def steps_since_start(is_first: Bool[Array, "T *batch"]) -> Int[Array, "T *batch
 
 
 def transition_weight(age: Int[Array, "T *batch"], rho: float) -> Float[Array, "T *batch"]:
-    """rho^k for the k-th transition, k = 0, 1, ..., of a row's episode, by the age of the row it arrives at; 0
-    where no transition arrives (age 0): between the last step of an episode and the first of the next."""
+    """rho^k for the k-th transition, k = 0, 1, ..., of a row's episode, by the age of the row it arrives at;
+    0 where no transition arrives (age 0): between the last step of an episode and the first of the next."""
     return jnp.where(age > 0, rho ** jnp.maximum(age - 1.0, 0.0), 0.0)
 
 

@@ -1,8 +1,8 @@
 """Named settings of the agents: the published sizes, and small ones for a CPU. Flags override any field.
 
-A preset of Dreamer maps the parts of an experiment's config to field values. "model" holds fields that every latent
-world model has, "rssm" and the like those of one backbone; "agent/transformer" and the like what behaviour
-needs with that backbone.
+A preset maps the parts of an experiment's config to field values. Of Dreamer, "model" holds fields that
+every latent world model has, "rssm" and the like those of one backbone; "agent/transformer" and the like what
+behaviour needs with that backbone. Of TD-MPC2, "search" holds settings by planner.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ DREAMER: dict[str, Preset] = {
 def _tdmpc(
     layers: int, encoder: int, units: int, latent: int, critics: int, search: Preset, loop: dict[str, Any]
 ) -> Preset:
-    """Sizes of TD-MPC2. layers: hidden ones of the encoder. search: settings by planner."""
+    """Sizes of TD-MPC2. layers: hidden ones of the encoder."""
     return {
         "model": {"encoder_layers": layers, "encoder_units": encoder, "units": units, "latent": latent},
         "agent": {"units": units, "critics": critics},
@@ -114,8 +114,8 @@ def _tdmpc(
 
 
 def _tdmpc_published(layers: int, encoder: int, units: int, latent: int, critics: int) -> Preset:
-    """TD-MPC2 model sizes (nicklashansen/tdmpc2, common/__init__.py) with the schedule that made the published
-    DMC curves: 2500 random steps, 2500 updates, then one update per agent step."""
+    """TD-MPC2 model sizes (nicklashansen/tdmpc2) with the schedule that made the published DMC curves: 2500
+    random steps, 2500 updates, then one update per agent step."""
     loop = {
         "num_envs": 1,
         "batch_size": 256,
@@ -128,8 +128,8 @@ def _tdmpc_published(layers: int, encoder: int, units: int, latent: int, critics
 
 
 def _tdmpc_small() -> Preset:
-    """For CPU cores: narrow, a tenth of the candidates and half of the iterations, a higher learning rate, one
-    update per two agent steps."""
+    """For CPU cores: narrow, an eighth of the candidates and half of the iterations, a higher learning rate,
+    one update per two agent steps."""
     search = {"mppi": {"samples": 64, "elites": 16, "policy_samples": 12, "iterations": 3}}
     loop = {
         "num_envs": 4,

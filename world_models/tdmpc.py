@@ -56,8 +56,8 @@ class Latent(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """The acting state [B]. predicted: the latent predicted from the first step that was observed, or from the
-    episode's start, by actions alone; training only. empty: nothing was observed yet."""
+    """The acting state [B]. predicted: the latent predicted from the first step that was observed, or from
+    the episode's start, by actions alone; training only. empty: nothing was observed yet."""
 
     now: Latent
     predicted: Array
@@ -176,7 +176,7 @@ def check(config: TDMPCModelConfig) -> None:
     check_between("model.discount", config.discount, 0, 1)
     if config.latent % config.simnorm:
         raise UserError(
-            f"model.latent is {config.latent}, it must be a multiple of model.simnorm, which is {config.simnorm}"
+            f"model.latent is {config.latent}, it must be a multiple of model.simnorm, {config.simnorm}"
         )
     if config.bins < 3 or config.bins % 2 == 0:
         raise UserError(f"model.bins is {config.bins}, it must be odd and at least 3")

@@ -1,4 +1,4 @@
-"""TD-MPC2: planning in a latent world model with a learned terminal value and policy prior (arXiv 2310.16828).
+"""TD-MPC2: a value and a policy prior for planning in a latent world model (arXiv 2310.16828).
 
 Where the published code and paper differ, this follows the code, which made the published results.
 """
@@ -87,14 +87,8 @@ def check(config: TDMPCConfig) -> None:
     """UserError for impossible values."""
     check_at_least("agent.units", config.units, 1)
     check_at_least("agent.critics", config.critics, 2)
-    for name in (
-        "bin_limit",
-        "entropy",
-        "scale_consistency",
-        "scale_reward",
-        "scale_value",
-        "scale_termination",
-    ):
+    scales = [f"scale_{k}" for k in ("consistency", "reward", "value", "termination")]
+    for name in ("bin_limit", "entropy", *scales):
         check_at_least(f"agent.{name}", getattr(config, name), 0)
     for name in ("rho", "scale_rate", "target_rate"):
         check_between(f"agent.{name}", getattr(config, name), 0, 1)
