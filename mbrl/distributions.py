@@ -166,8 +166,7 @@ class SymlogTwoHot(NamedTuple):
         """Cross-entropy with the two-hot of symlog(target), clipped to the bins."""
         target = jnp.clip(symlog(sg(target).astype(jnp.float32)), -self.limit, self.limit)
         width = 2 * self.limit / (self.logits.shape[-1] - 1)
-        bins = self._bins().reshape(*[1] * target.ndim, -1)
-        twohot = jnp.maximum(0.0, 1 - jnp.abs(target[..., None] - bins) / width)
+        twohot = jnp.maximum(0.0, 1 - jnp.abs(target[..., None] - self._bins()) / width)
         return -(twohot * jax.nn.log_softmax(self.logits)).sum(-1)
 
 

@@ -237,7 +237,8 @@ def make(config: TDMPCConfig, spec: EnvSpec, model: WorldModel, discount: float,
         # The first row has no transition. Termination is weighted equally at every step.
         means = {k: (x[1:] if k == "termination" else weight * x[1:]).mean() for k, x in seen.losses.items()}
         loss = sum(scales[name] * mean for name, mean in means.items())
-        value_loss = (weight * value.loss(target[None])).mean()
+        goals = jnp.broadcast_to(target, (config.critics, *target.shape))
+        value_loss = (weight * value.loss(goals)).mean()
         loss = loss + config.scale_value * value_loss
         metrics = {f"{name}_loss": mean for name, mean in means.items()} | seen.metrics
         metrics |= {"value_loss": value_loss, "loss": loss, "target_value": target.mean()}

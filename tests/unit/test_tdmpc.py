@@ -136,7 +136,7 @@ def test_dropout():
 
 
 @pytest.mark.parametrize("limit", [2.0, 10.0])
-def test_symlog_two_hot(limit, strict_numerics):
+def test_symlog_two_hot(limit):
     """Loss and mean by brute force, at bins, between them and beyond them."""
     logits = noise(9, 11)
     edge = np.expm1(limit)
