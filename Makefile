@@ -12,7 +12,7 @@ PYTHONS  := $(or $(PYTHON),python3.11 python3.12 python3 python3.13 python)
 SUITABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dreamer test learn lint bench clean
+.PHONY: help setup dreamer tdmpc test learn lint bench clean
 
 help:  ## this list
 	@echo "make TARGET [ARGS='...'] [PYTHON=python3.11] [WORKERS=2]"
@@ -39,6 +39,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 dreamer: setup  ## train DreamerV3 on the default task; ARGS="--task walker_walk ..."
 	$(BIN)/python experiments/dreamer_dmc.py $(ARGS)
+
+tdmpc: setup  ## train TD-MPC2 on the default task; ARGS="--task walker_walk ..."
+	$(BIN)/python experiments/tdmpc_dmc.py $(ARGS)
 
 test: setup  ## the fast tests, on WORKERS processes; ARGS="tests/unit -k replay"
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations 10 $(ARGS)

@@ -86,9 +86,8 @@ def collect_device(
     def body(loop, key):
         actor, carry = loop
         act_key, random_key, env_key = jax.random.split(key, 3)
-        action, actor, info = agent.act(
-            train, actor, carry.timestep.obs, carry.is_first, act_key, mode="train"
-        )
+        mode = "watch" if explore else "train"
+        action, actor, info = agent.act(train, actor, carry.timestep.obs, carry.is_first, act_key, mode=mode)
         if explore:
             action = random_action(random_key, env.spec, num_envs)
             actor = actor._replace(action=action)

@@ -140,6 +140,68 @@ def two_hot(logits: Array, limit: float = 20.0) -> TwoHot:
     return TwoHot(logits.astype(jnp.float32), jnp.asarray(twohot_bins(logits.shape[-1], limit)))
 
 
+class SymlogTwoHot(NamedTuple):
+    """Scalar as a categorical over bins that are uniform in symlog space, where it is averaged and
+    interpolated too (TD-MPC2's discrete regression; `TwoHot` does both in raw space).
+
+    logits: [..., K], K odd; limit: the outermost bins are symexp(-limit) and symexp(limit).
+    """
+
+    logits: Float[Array, "*batch K"]
+    limit: float
+
+    def _bins(self) -> Float[Array, "K"]:
+        return jnp.linspace(-self.limit, self.limit, self.logits.shape[-1])
+
+    def mean(self) -> Float[Array, "*batch"]:
+        """symexp of the expected bin. Mirrored bins are paired, so that uniform logits give exactly 0."""
+        probs = jax.nn.softmax(self.logits)
+        half = self.logits.shape[-1] // 2
+        odd = probs[..., half + 1 :] - probs[..., :half][..., ::-1]
+        return symexp((odd * self._bins()[half + 1 :]).sum(-1))
+
+    mode = mean
+
+    def loss(self, target: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+        """Cross-entropy with the two-hot of symlog(target), clipped to the bins."""
+        target = jnp.clip(symlog(sg(target).astype(jnp.float32)), -self.limit, self.limit)
+        width = 2 * self.limit / (self.logits.shape[-1] - 1)
+        twohot = jnp.maximum(0.0, 1 - jnp.abs(target[..., None] - self._bins()) / width)
+        return -(twohot * jax.nn.log_softmax(self.logits)).sum(-1)
+
+
+def symlog_two_hot(logits: Array, limit: float = 10.0) -> SymlogTwoHot:
+    """Two-hot distribution with as many bins as logits, uniform in symlog space over [-limit, limit]."""
+    return SymlogTwoHot(logits.astype(jnp.float32), limit)
+
+
+class TanhNormal(NamedTuple):
+    """tanh of a normal: actions [..., A] in (-1, 1)."""
+
+    mean: Float[Array, "*batch A"]
+    log_std: Float[Array, "*batch A"]
+
+    def sample(self, key: Array) -> Float[Array, "*batch A"]:
+        return self.at(jax.random.normal(key, self.mean.shape))
+
+    def at(self, noise: Float[Array, "*batch A"]) -> Float[Array, "*batch A"]:
+        """The sample that a standard normal ``noise`` gives; gradients flow to mean and deviation."""
+        return jnp.tanh(self.mean + jnp.exp(self.log_std) * noise)
+
+    def mode(self) -> Float[Array, "*batch A"]:
+        return jnp.tanh(self.mean)
+
+    def inner_log_prob(self, noise: Float[Array, "*batch A"]) -> Float[Array, "*batch"]:
+        """Log-density, before the tanh, of the sample that ``noise`` gives."""
+        return (-0.5 * jnp.square(noise) - self.log_std - 0.5 * np.log(2 * np.pi)).sum(-1)
+
+
+def tanh_normal(out: Array, low: float = -10.0, high: float = 2.0) -> TanhNormal:
+    """Splits ``out`` [..., 2A] into mean and log-deviation, squashed into (low, high) (TD-MPC2)."""
+    mean, raw = jnp.split(out.astype(jnp.float32), 2, -1)
+    return TanhNormal(mean, low + 0.5 * (high - low) * (jnp.tanh(raw) + 1))
+
+
 class Bernoulli(NamedTuple):
     """Probability of an event, from its logit [...]."""
 

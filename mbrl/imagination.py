@@ -7,11 +7,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from mbrl.types import Array, Params, Starts, State, WorldModel
+from mbrl.types import Array, Params, Simulator, Starts, State, WorldModel
 
 
 def rollout(
-    model: WorldModel,
+    model: WorldModel | Simulator,
     params: Params,
     starts: Starts,
     policy: Callable[[Array, Array, Array], Array],

@@ -1,4 +1,5 @@
-"""Losses, returns and normalisers as pure functions (DreamerV3; equations of arXiv 2301.04104).
+"""Losses, returns and normalisers as pure functions (DreamerV3; equations of arXiv 2301.04104; TD-MPC2's at
+the end).
 
 Sequences are time-major: [T, ...] with any batch axes behind. Nothing here knows a network.
 """
@@ -9,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from mbrl.distributions import OneHot, TwoHot
 
@@ -105,3 +106,36 @@ def replay_returns(
     """lambda-returns of REPLAYED states: real rewards, cut at ``is_last``, value 0 beyond a terminal."""
     cont = discount * (1.0 - is_terminal.astype(jnp.float32))
     return lambda_return(reward, cont, bootstrap, lam * (1.0 - is_last.astype(jnp.float32)))
+
+
+# TD-MPC2 (arXiv 2310.16828) ------------------------------------------------------------------------------
+
+
+def episode_discount(max_steps: int | None) -> float:
+    """Discount for episodes of ``max_steps`` agent steps: 1 - 5 / max_steps within [0.95, 0.995], so that
+    five horizons fit into an episode (TD-MPC2's heuristic). Without a time limit: 0.995."""
+    return 0.995 if max_steps is None else min(max(1 - 5 / max_steps, 0.95), 0.995)
+
+
+def steps_since_start(is_first: Bool[Array, "T *batch"]) -> Int[Array, "T *batch"]:
+    """How many steps each row is behind the latest episode start, or behind the first row."""
+    time = jnp.arange(is_first.shape[0]).reshape(-1, *[1] * (is_first.ndim - 1))
+    return time - jax.lax.cummax(jnp.where(is_first, time, 0))
+
+
+def transition_weight(age: Int[Array, "T *batch"], rho: float) -> Float[Array, "T *batch"]:
+    """rho^k for the k-th transition, k = 0, 1, ..., of a row's episode, by the age of the row it arrives at;
+    0 where no transition arrives (age 0): between the last step of an episode and the first of the next."""
+    return jnp.where(age > 0, rho ** jnp.maximum(age - 1.0, 0.0), 0.0)
+
+
+def td_target(reward: Array, is_terminal: Array, next_value: Array, discount: float) -> Array:
+    """r + gamma (1 - terminal) V(next), elementwise (eq. 4)."""
+    return sg(reward + discount * (1.0 - is_terminal.astype(jnp.float32)) * next_value)
+
+
+def update_scale(scale: Float[Array, ""], values: Array, rate: float = 0.01) -> Float[Array, ""]:
+    """Moves ``scale`` towards the range between the 5th and 95th percentile of ``values``, at least 1, by
+    ``rate``: what the policy loss divides values by."""
+    low, high = jnp.percentile(sg(values), jnp.array([5.0, 95.0]))
+    return scale + rate * (jnp.maximum(high - low, 1.0) - scale)

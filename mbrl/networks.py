@@ -1,7 +1,9 @@
-"""Layers and small networks shared by world models, actors and critics (DreamerV3, danijar/dreamerv3)."""
+"""Layers and small networks shared by world models, actors and critics: those of DreamerV3
+(danijar/dreamerv3) and those of TD-MPC2 (arXiv 2310.16828)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -47,11 +49,14 @@ class Linear(nn.Module):
 
     units: int
     outscale: float = 1.0
+    init: Callable[..., Any] | None = None
+    """Initialiser of the kernel where it is another one."""
 
     @nn.compact
     def __call__(self, x: Shaped[Array, "*batch i"]) -> Shaped[Array, "*batch o"]:
         fan_in = x.shape[-1]
-        kernel = self.param("kernel", trunc_normal_in(fan_in, self.outscale), (fan_in, self.units))
+        init = self.init or trunc_normal_in(fan_in, self.outscale)
+        kernel = self.param("kernel", init, (fan_in, self.units))
         bias = self.param("bias", nn.initializers.zeros, (self.units,))
         return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
 
@@ -126,16 +131,77 @@ class MLP(nn.Module):
         return x if self.out is None else Linear(self.out, self.outscale, name="out")(x)
 
 
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + 1e-5) * scale + bias over the last axis, computed in float32."""
+
+    @nn.compact
+    def __call__(self, x: Shaped[Array, "*batch f"]) -> Shaped[Array, "*batch f"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-5) * scale + bias
+        return y.astype(x.dtype)
+
+
+def mish(x: Array) -> Array:
+    """x tanh(softplus(x)) (arXiv 1908.08681). tanh(log(1 + e)) is a ratio of polynomials in e = exp(x): one
+    transcendental function instead of three, and 1 to float32 from x = 20 on."""
+    e = jnp.exp(jnp.minimum(x, 20.0))
+    top = e * (e + 2)
+    return x * (top / (top + 2))
+
+
+def simnorm(x: Shaped[Array, "*batch f"], group: int) -> Shaped[Array, "*batch f"]:
+    """Softmax within each ``group`` neighbouring features: simplicial normalisation (TD-MPC2, eq. 5, with
+    temperature 1)."""
+    groups = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, group)
+    return jax.nn.softmax(groups).reshape(x.shape).astype(x.dtype)
+
+
+class NormedMLP(nn.Module):
+    """TD-MPC2's network: ``layers`` x (linear, dropout in the first, LayerNorm, mish), then a linear output.
+    Kernels start normal with deviation 0.02, those of the output too unless ``zero_out``.
+
+    simnorm: where given, the output is layer-normed, then `simnorm` in groups of this size.
+    """
+
+    layers: int
+    units: int
+    out: int
+    simnorm: int = 0
+    dropout: float = 0.0
+    zero_out: bool = False
+
+    @nn.compact
+    def __call__(self, x: Shaped[Array, "*batch i"], key: Array | None = None) -> Shaped[Array, "*batch o"]:
+        """key: randomness of the dropout; None switches it off."""
+        for i in range(self.layers):
+            x = self._linear(f"linear{i}", x, self.units)
+            if i == 0 and self.dropout and key is not None:
+                keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+                x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
+            x = mish(LayerNorm(name=f"norm{i}")(x))
+        x = self._linear("out", x, self.out, 0.0 if self.zero_out else 0.02)
+        return simnorm(LayerNorm(name="out_norm")(x), self.simnorm) if self.simnorm else x
+
+    def _linear(self, name: str, x: Array, units: int, std: float = 0.02) -> Array:
+        return Linear(units, init=nn.initializers.normal(std), name=name)(x)
+
+
 def flatten_obs(
-    obs: dict[str, Any], spec: dict[str, ArraySpec], dtype: Any = jnp.float32
+    obs: dict[str, Any],
+    spec: dict[str, ArraySpec],
+    dtype: Any = jnp.float32,
+    squash: Callable[[Array], Array] = symlog,
 ) -> Float[Array, "*batch i"]:
-    """Concatenates vector observations, sorted by key: symlog if continuous, one-hot if discrete."""
+    """Concatenates vector observations, sorted by key: ``squash`` of continuous ones, one-hot of discrete."""
     parts = []
     for key in sorted(spec):
         entry, value = spec[key], obs[key]
         batch = value.shape[: value.ndim - len(entry.shape)]
         if entry.classes is None:
-            value = symlog(value.astype(jnp.float32))
+            value = squash(value.astype(jnp.float32))
         else:
             value = jax.nn.one_hot(value, entry.classes)
         parts.append(value.reshape(*batch, -1))

@@ -1,8 +1,8 @@
-"""Named settings of Dreamer: the published sizes, and small ones for a CPU. Flags override any field.
+"""Named settings of the agents: the published sizes, and small ones for a CPU. Flags override any field.
 
-A preset maps the parts of an experiment's config to field values. "model" holds fields that every latent
-world model has, "rssm" and the like those of one backbone; "agent/transformer" and the like what behaviour
-needs with that backbone.
+A preset maps the parts of an experiment's config to field values. Of Dreamer, "model" holds fields that
+every latent world model has, "rssm" and the like those of one backbone; "agent/transformer" and the like what
+behaviour needs with that backbone. Of TD-MPC2, "search" holds settings by planner.
 """
 
 from __future__ import annotations
@@ -105,4 +105,58 @@ DREAMER: dict[str, Preset] = {
     "size100m": _published(deter=6144, hidden=768, classes=48),
     "size200m": _published(deter=8192, hidden=1024, classes=64),
     "size400m": _published(deter=12288, hidden=1536, classes=96),
+}
+
+
+def _tdmpc(
+    layers: int, encoder: int, units: int, latent: int, critics: int, search: Preset, loop: dict[str, Any]
+) -> Preset:
+    """Sizes of TD-MPC2. layers: hidden ones of the encoder."""
+    return {
+        "model": {"encoder_layers": layers, "encoder_units": encoder, "units": units, "latent": latent},
+        "agent": {"units": units, "critics": critics},
+        "search": search,
+        "loop": {"prefill_random": True, "replay_online": False, "batch_length": 3} | loop,
+    }
+
+
+def _tdmpc_published(layers: int, encoder: int, units: int, latent: int, critics: int) -> Preset:
+    """TD-MPC2 model sizes (nicklashansen/tdmpc2) with the schedule that made the published DMC curves: 2500
+    random steps, 2500 updates, then one update per agent step."""
+    loop = {
+        "num_envs": 1,
+        "batch_size": 256,
+        "train_ratio": 768.0,
+        "prefill": 2500,
+        "pretrain": 2500,
+        "replay_size": 1_000_000,
+    }
+    return _tdmpc(layers, encoder, units, latent, critics, {}, loop)
+
+
+def _tdmpc_small() -> Preset:
+    """For CPU cores: narrow, an eighth of the candidates and half of the iterations, a higher learning rate,
+    one update per two agent steps."""
+    search = {"mppi": {"samples": 64, "elites": 16, "policy_samples": 12, "iterations": 3}}
+    loop = {
+        "num_envs": 4,
+        "batch_size": 128,
+        "train_ratio": 192.0,
+        "prefill": 2000,
+        "pretrain": 1000,
+        "replay_size": 500_000,
+    }
+    preset = _tdmpc(1, 128, 128, 64, 2, search, loop)
+    fast = {"learning_rate": 1e-3}
+    preset["agent"] |= {"dropout": 0.0, "optimiser": fast, "actor_optimiser": fast}
+    return preset
+
+
+TDMPC: dict[str, Preset] = {
+    "s": _tdmpc_small(),
+    "1M": _tdmpc_published(1, 256, 384, 128, 2),
+    "5M": _tdmpc_published(1, 256, 512, 512, 5),
+    "19M": _tdmpc_published(2, 1024, 1024, 768, 5),
+    "48M": _tdmpc_published(3, 1792, 1792, 768, 5),
+    "317M": _tdmpc_published(4, 4096, 4096, 1376, 8),
 }

@@ -24,7 +24,7 @@ from mbrl.types import Agent, Array, EnvSpec, JaxEnv, PyTree, Transition
 
 # Every random stream of a run is fold_in(fold_in(seed key, stream), clock): nothing random needs saving,
 # and a new consumer does not shift the others.
-INIT, ENVS, ACT, UPDATE, EVALUATE = range(5)
+INIT, ENVS, ACT, UPDATE, EVALUATE, PRETRAIN = range(6)
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class LoopConfig:
     """Agent steps collected before the first update; 0 waits for batch_size x batch_length sequences."""
     prefill_random: bool = False
     """Prefill with uniform random actions; otherwise with the untrained policy (published)."""
+    pretrain: int = 0
+    """Updates on the prefilled replay before the first step that counts for train_ratio."""
     replay_size: int = 5_000_000
     """Agent steps that replay holds; never more than the run collects."""
     replay_online: bool = True
@@ -68,7 +70,8 @@ class LoopConfig:
 
 class Clock(NamedTuple):
     """Static numbers of a run, in iterations unless said. rows: steps per environment and iteration (n);
-    updates: per iteration (U); prefill, total; frames: simulator frames per iteration; capacity: rows."""
+    updates: per iteration (U); prefill, total; frames: simulator frames per iteration; capacity: rows;
+    pretrain: updates at the end of prefill."""
 
     rows: int
     updates: int
@@ -76,10 +79,15 @@ class Clock(NamedTuple):
     total: int
     frames: int
     capacity: int
+    pretrain: int = 0
 
     @property
     def total_updates(self) -> int:
-        return (self.total - self.prefill) * self.updates
+        return self.updates_until(self.total)
+
+    def updates_until(self, iteration: int) -> int:
+        """Updates before ``iteration``."""
+        return self.pretrain + (iteration - self.prefill) * self.updates if iteration > self.prefill else 0
 
     def every(self, frames: int, chunk: int) -> int:
         """``frames`` as iterations, a whole number of chunks, at least one chunk."""
@@ -97,7 +105,7 @@ def make_clock(config: LoopConfig, steps: int, length: int) -> Clock:
         check_at_least(f"loop.{field}", getattr(config, field), 1)
     check_at_least("loop.batch_length", config.batch_length, 2)
     check_at_least("loop.freeze_after", config.freeze_after, 1)
-    for field in ("prefill", "collect_steps", "eval_every", "checkpoint_every"):
+    for field in ("prefill", "pretrain", "collect_steps", "eval_every", "checkpoint_every"):
         check_at_least(f"loop.{field}", getattr(config, field), 0)
     if not config.train_ratio > 0:
         raise UserError(f"loop.train_ratio is {config.train_ratio}, it must be above 0")
@@ -138,7 +146,8 @@ def make_clock(config: LoopConfig, steps: int, length: int) -> Clock:
             f"loop.replay_size is {config.replay_size}, it must be at least "
             f"{(length + rows) * config.num_envs} to hold one sequence of each environment"
         )
-    return Clock(rows, round(rows * ratio / scale / per_update), prefill, total, frames, capacity)
+    updates = round(rows * ratio / scale / per_update)
+    return Clock(rows, updates, prefill, total, frames, capacity, config.pretrain)
 
 
 class Health(NamedTuple):
@@ -214,6 +223,7 @@ class Programs(NamedTuple):
     act_random: likewise, for prefill
     store(state, rows, latents) -> state: host prefill
     learn(state, rows, latents, keys, iteration) -> (state, metrics): host
+    pretrain(state, keys) -> (state, metrics): the updates between prefill and the first iteration that learns
     prefill(state, keys, iteration) -> (state, Episodes): device
     chunk(state, keys, iteration) -> (state, metrics, Episodes): device
     """
@@ -223,6 +233,7 @@ class Programs(NamedTuple):
     act_random: Callable
     store: Callable
     learn: Callable
+    pretrain: Callable
     prefill: Callable
     chunk: Callable
 
@@ -247,7 +258,8 @@ def make_programs(
 
     def act(train, actor, obs, is_first, key, step, random):
         act_key, random_key = jax.random.split(stream(key, ACT, step))
-        action, actor, info = agent.act(train, actor, obs, is_first, act_key, mode="train")
+        mode = "watch" if random else "train"
+        action, actor, info = agent.act(train, actor, obs, is_first, act_key, mode=mode)
         if random:
             action = random_action(random_key, spec, num_envs)
             actor = actor._replace(action=action)
@@ -261,6 +273,10 @@ def make_programs(
         state = store(state, rows, latents)
         key = stream(key, UPDATE, iteration)
         return update_loop(agent, replay, state, key, clock.updates, config.freeze_after)
+
+    def pretrain(state, key):
+        key = stream(key, PRETRAIN, 0)
+        return update_loop(agent, replay, state, key, clock.pretrain, config.freeze_after)
 
     def collect(state: RunState, key, iteration, explore):
         assert env is not None
@@ -296,6 +312,7 @@ def make_programs(
         act_random=explore if config.prefill_random else policy,
         store=seeds.program(store, donate=0),
         learn=seeds.program(learn, shared=(4,), donate=0),
+        pretrain=seeds.program(pretrain, donate=0),
         prefill=seeds.program(prefill, shared=(2,), donate=0),
         chunk=seeds.program(chunk, shared=(2,), donate=0),
     )

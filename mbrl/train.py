@@ -80,6 +80,9 @@ def train(run: Run, folder: RunFolder, resume: bool = False, video: bool = False
         monitor = Monitor(seeds, logger, progress)
         while iteration < clock.total:
             learning, compiling = iteration >= clock.prefill, iteration in first_calls
+            if iteration == clock.prefill and clock.pretrain:
+                with timer("train"):
+                    state, _ = jax.block_until_ready(programs.pretrain(state, keys))
             with timer("compile" if compiling else "train"):
                 state, metrics, ended = driver.advance(state, keys, iteration, learning)
                 monitor.flush()  # the previous rows, while this iteration computes
@@ -87,7 +90,7 @@ def train(run: Run, folder: RunFolder, resume: bool = False, video: bool = False
                     jax.block_until_ready(state)
             iteration += driver.stride
             frames, end = iteration * clock.frames, iteration == clock.total
-            updates = max(0, iteration - clock.prefill) * clock.updates
+            updates = clock.updates_until(iteration)
             monitor.add(frames, updates, metrics, ended, driver.faults())
             close = clock.total - iteration < due["evaluate"] // 2  # the final evaluation says it all
             evaluating = end or (learning and not close and iteration % due["evaluate"] == 0)

@@ -139,6 +139,8 @@ class Observed(NamedTuple):
 
     state: the carry after the last step [B]. starts: one start per posterior, states [T, B].
     features: [T, B, F]. losses: {name: [T, B]}, unscaled. metrics: {name: scalar}.
+    predicted: [T, B, F], features of each step as predicted from the sequence's, or its episode's, first
+    step by the actions alone, where a model learns that way; else ().
     """
 
     state: State
@@ -146,6 +148,7 @@ class Observed(NamedTuple):
     features: Array
     losses: dict[str, Array]
     metrics: Metrics
+    predicted: Any = ()
 
 
 class Prediction(NamedTuple):
@@ -199,6 +202,30 @@ class WorldModel(NamedTuple):
     storable: bool = True
 
 
+class Simulator(NamedTuple):
+    """What a search rolls forward: a world model, or a true environment, and what an agent knows of it.
+
+    starts, imagine_init, imagine_step, predict, features and emit as in `WorldModel`; a search calls them
+        with leading axes [N, P, E]: candidates, particles, environments
+    policy(params, features [..., F], key) -> action [..., A]; key None asks for its most likely action.
+        None where there is no policy
+    value(params, features [..., F], key) -> return from there on [...], or a pair of it and a dict of named
+        uncertainties [...]; all calls of one plan get the same key. None where there is no value
+    mask(params, state [E]) -> [E, A], 0 for entries of a continuous action that an environment does not have
+        and 1 for the others; None where all are in use
+    """
+
+    starts: Callable[..., Starts]
+    imagine_init: Callable[..., State]
+    imagine_step: Callable[..., State]
+    predict: Callable[..., Prediction]
+    features: Callable[..., Array]
+    emit: Callable[[State], State] = whole
+    policy: Callable[..., Array] | None = None
+    value: Callable[..., Any] | None = None
+    mask: Callable[..., Array] | None = None
+
+
 class Agent(NamedTuple):
     """An agent. ``train`` is everything that learns, ``actor`` what acting carries per environment.
 
@@ -206,7 +233,8 @@ class Agent(NamedTuple):
     init_actor(train, batch) -> actor [batch]; a NamedTuple with a field ``action`` [batch, A], the previous
         action, which a collector overwrites when it acts at random
     act(train, actor [E], obs {key: [E, ...]}, is_first [E], key, mode) -> (action [E, A], actor, info);
-        mode is the static string "train" (explore) or "eval" (deterministic given the key);
+        mode is the static string "train" (explore), "eval" (deterministic given the key) or "watch" (keep
+        memory up to date: a random action replaces the one returned);
         info["latent"] is what replay stores where latents serve as context
     update(train, traj [T, B], key) -> (train, UpdateInfo); ONE gradient step
     """

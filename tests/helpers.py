@@ -1,4 +1,5 @@
-"""A tiny Dreamer run that several tests share: it compiles in seconds and uses every part of the loop."""
+"""Tiny runs of Dreamer and TD-MPC2 that several tests share: they compile in seconds and use every part of
+the loop."""
 
 from __future__ import annotations
 
@@ -8,16 +9,22 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mbrl.agents import dreamer
+import world_models.tdmpc
+from mbrl.agents import dreamer, tdmpc
 from mbrl.agents.dreamer import DreamerConfig
+from mbrl.agents.planning import with_planner
+from mbrl.agents.tdmpc import TDMPCConfig
 from mbrl.config import override
 from mbrl.drivers import Source
 from mbrl.optimisers import OptimiserConfig
+from mbrl.planning import make_objective, make_planner
 from mbrl.programs import LoopConfig, make_clock
 from mbrl.seeds import Seeds
 from mbrl.train import Run
+from planners import mppi
 from world_models import rssm
 from world_models.rssm import RSSMConfig
+from world_models.tdmpc import TDMPCModelConfig
 
 MODEL = RSSMConfig(
     stoch=2,
@@ -54,6 +61,9 @@ LOOP = LoopConfig(
     replay_size=200,
     freeze_after=3,
 )
+TDMPC_MODEL = TDMPCModelConfig(
+    latent=8, simnorm=4, encoder_units=8, units=8, bins=15, bin_limit=4.0, discount=0.9
+)
 FRAMES = 8
 """Frames of one iteration: 4 rows of 2 environments."""
 
@@ -67,6 +77,24 @@ def tiny_run(source: Source, seeds: Seeds, iterations: int = 100, agent: Any = N
     model = rssm.make(MODEL, source.spec)
     made = dreamer.make(config, source.spec, model, MODEL.discount, clock.total_updates)
     return Run(made, source, seeds, loop_config, clock, length)
+
+
+def tiny_tdmpc_run(source: Source, seeds: Seeds) -> Run:
+    """TD-MPC2 that plans: 2 iterations of prefill, a burst of 2 updates, then 2 updates in each iteration."""
+    loop_config = override(
+        LOOP, {"batch_length": 3, "train_ratio": 1.5, "pretrain": 2, "prefill_random": True}
+    )
+    length = loop_config.batch_length + 1
+    clock = make_clock(loop_config, 100 * FRAMES, length)
+    model = world_models.tdmpc.make(TDMPC_MODEL, source.spec)
+    optimisers = {name: {"eps": 1e-3} for name in ("optimiser", "actor_optimiser")}
+    config = override(TDMPCConfig(units=8, critics=3, bins=15, bin_limit=4.0), optimisers)
+    agent = tdmpc.make(config, source.spec, model, 0.9, clock.total_updates)
+    search = mppi.MPPIConfig(horizon=2, iterations=2, samples=6, elites=3, policy_samples=2)
+    simulator = tdmpc.make_simulator(config, source.spec, model, 0.9)
+    planner = make_planner(simulator, mppi.make(search, source.spec.action))
+    agent = with_planner(agent, planner, make_objective(), tdmpc.acting_params)
+    return Run(agent, source, seeds, loop_config, clock, length)
 
 
 def on_one_device(*seeds: int, loop: bool = False) -> Seeds:

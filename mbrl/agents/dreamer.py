@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -12,12 +13,13 @@ import numpy as np
 import optax
 
 from mbrl import losses, optimisers
-from mbrl.distributions import bounded_normal, one_hot, two_hot
+from mbrl.distributions import BoundedNormal, OneHot, TwoHot, bounded_normal, one_hot, two_hot
 from mbrl.errors import UserError, check_at_least, check_between
 from mbrl.imagination import rollout
 from mbrl.networks import MLP, Linear, apply
 from mbrl.optimisers import OptimiserConfig
-from mbrl.types import Agent, Array, EnvSpec, Starts, Trajectory, UpdateInfo, WorldModel
+from mbrl.planning import simulator_of
+from mbrl.types import Agent, Array, EnvSpec, Simulator, Starts, Trajectory, UpdateInfo, WorldModel
 
 sg = jax.lax.stop_gradient
 
@@ -143,6 +145,51 @@ def check(config: DreamerConfig, spec: EnvSpec) -> None:
         )
 
 
+class Behaviour(NamedTuple):
+    """Networks, and what they say: policy(params, features) and value(params, features) are distributions."""
+
+    actor: nn.Module
+    critic: nn.Module
+    policy: Callable[..., OneHot | BoundedNormal]
+    value: Callable[..., TwoHot]
+
+
+def behaviour(config: DreamerConfig, spec: EnvSpec) -> Behaviour:
+    """Actor and critic for the actions of ``spec``."""
+    discrete = spec.action.classes is not None
+    actor = Policy(config.actor_layers, config.units, spec.action.size, discrete)
+    critic = MLP(config.critic_layers, config.units, config.bins, outscale=0.0)
+
+    def policy(params, features):
+        out = apply(actor, params, features)
+        return one_hot(out) if discrete else bounded_normal(out, config.min_std)
+
+    def value(params, features):
+        return two_hot(apply(critic, params, features), config.bin_limit)
+
+    return Behaviour(actor, critic, policy, value)
+
+
+def make_simulator(config: DreamerConfig, spec: EnvSpec, model: WorldModel) -> Simulator:
+    """What a planner needs of Dreamer: its parameters are those of `acting_params`."""
+    _, _, policy, value = behaviour(config, spec)
+
+    def act(params, features, key):
+        dist = policy(params["actor"], features)
+        return dist.mode() if key is None else dist.sample(key)
+
+    def critic(params, features, key):
+        return value(params["critic"], features).mean()
+
+    return simulator_of(model, act, critic, entry="model")
+
+
+def acting_params(config: DreamerConfig, train: TrainState, mode: str) -> dict[str, Any]:
+    """Parameters {"model", "actor", "critic"} that act in a mode."""
+    averaged = mode == "eval" and config.actor_average
+    return train.params | {"actor": train.actor_average} if averaged else train.params
+
+
 def make(
     config: DreamerConfig, spec: EnvSpec, model: WorldModel, discount: float, total_updates: int
 ) -> Agent:
@@ -159,8 +206,7 @@ def make(
         )
     discrete = spec.action.classes is not None
     size = spec.action.size
-    actor = Policy(config.actor_layers, config.units, size, discrete)
-    critic = MLP(config.critic_layers, config.units, config.bins, outscale=0.0)
+    actor, critic, policy, value = behaviour(config, spec)
     groups = {rf"^model/{k}": v for k, v in model.param_groups().items()}
     groups |= {
         "^actor/": {"lr_scale": config.actor_lr_scale},
@@ -168,13 +214,6 @@ def make(
     }
     optimiser = optimisers.make(config.optimiser, total_updates, groups)
     scales = {k: getattr(config, f"scale_{k}") for k in ("rec", "reward", "cont", "dyn", "rep")}
-
-    def policy(params, features):
-        out = apply(actor, params, features)
-        return one_hot(out) if discrete else bounded_normal(out, config.min_std)
-
-    def value(params, features):
-        return two_hot(apply(critic, params, features), config.bin_limit)
 
     def init(key) -> TrainState:
         model_key, actor_key, critic_key = jax.random.split(key, 3)
@@ -210,11 +249,8 @@ def make(
         state = model.observe_step(
             train.params["model"], actor_state.state, actor_state.action, obs, is_first, state_key
         )
-        averaged = mode == "eval" and config.actor_average
-        dist = policy(
-            train.actor_average if averaged else train.params["actor"],
-            model.features(train.params["model"], state),
-        )
+        features = model.features(train.params["model"], state)
+        dist = policy(acting_params(config, train, mode)["actor"], features)
         noise = jnp.where(is_first[:, None], 0.0, actor_state.noise)
         if mode == "eval":
             action = dist.mode()

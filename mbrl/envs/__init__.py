@@ -9,6 +9,7 @@ from typing import Any
 from mbrl.types import HostEnv, JaxEnv
 
 REGISTRY: dict[str, str] = {
+    "cartpole": "mbrl.envs.cartpole:make",
     "pendulum": "mbrl.envs.pendulum:make",
     "pendulum_dense": "mbrl.envs.pendulum:make_dense",
     "probe_constant": "mbrl.envs.probes:constant",

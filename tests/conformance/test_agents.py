@@ -16,13 +16,19 @@ import optax
 import pytest
 
 from mbrl import optimisers
-from mbrl.agents import dreamer
+from mbrl.agents import dreamer, tdmpc
 from mbrl.agents.dreamer import DreamerConfig
+from mbrl.agents.planning import with_planner
+from mbrl.agents.tdmpc import TDMPCConfig
 from mbrl.distributions import two_hot
 from mbrl.errors import UserError
+from mbrl.planning import make_objective, make_planner
 from mbrl.types import Agent, ArraySpec, EnvSpec, Observed, Prediction, Starts, Trajectory, WorldModel
+from planners import mppi
 from world_models import rssm
+from world_models import tdmpc as tdmpc_model
 from world_models.rssm import RSSMConfig
+from world_models.tdmpc import TDMPCModelConfig
 
 E, T, B, A = 3, 5, 2, 2
 OBS = {"state": ArraySpec((3,))}
@@ -44,6 +50,11 @@ MODEL = RSSMConfig(
     bin_limit=4.0,
 )
 BASE = DreamerConfig(units=8, actor_layers=1, critic_layers=1, horizon=3, bins=15, bin_limit=4.0)
+TDMPC_MODEL = TDMPCModelConfig(
+    latent=8, simnorm=4, encoder_units=8, units=8, bins=15, bin_limit=4.0, episodic=True, discount=0.9
+)
+TDMPC = TDMPCConfig(units=8, critics=3, bins=15, bin_limit=4.0)
+SEARCH = mppi.MPPIConfig(horizon=2, iterations=2, samples=6, elites=3, policy_samples=2)
 LOCAL = dict(replay_context=False, replay_bootstrap="value")
 CASES = {
     "reinforce": ("continuous", dataclasses.replace(BASE)),
@@ -53,6 +64,8 @@ CASES = {
         "continuous",
         dataclasses.replace(BASE, actor_grad="dynamics", imag_starts=4, **LOCAL),
     ),
+    "tdmpc": ("continuous", TDMPC),  # acts by a planner, the next one by its policy
+    "tdmpc discrete": ("discrete", TDMPC),
 }
 RATE = 0.01
 
@@ -66,10 +79,18 @@ def recorder(*args) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)
 
 
-def make_agent(config: DreamerConfig, spec: EnvSpec, model: WorldModel | None = None) -> Agent:
-    model = rssm.make(MODEL, spec) if model is None else model
+def make_agent(config: DreamerConfig | TDMPCConfig, spec: EnvSpec, model: WorldModel | None = None) -> Agent:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optimisers, "make", recorder)
+        if isinstance(config, TDMPCConfig):
+            model = tdmpc_model.make(TDMPC_MODEL, spec)
+            agent = tdmpc.make(config, spec, model, TDMPC_MODEL.discount, total_updates=100)
+            if spec.action.classes:
+                return agent
+            simulator = tdmpc.make_simulator(config, spec, model, TDMPC_MODEL.discount)
+            planner = make_planner(simulator, mppi.make(SEARCH, spec.action))
+            return with_planner(agent, planner, make_objective(), tdmpc.acting_params)
+        model = rssm.make(MODEL, spec) if model is None else model
         return dreamer.make(config, spec, model, MODEL.discount, total_updates=100)
 
 
@@ -81,22 +102,31 @@ def randomise(train, seed: int = 99):
         keys = jax.random.split(jax.random.key(seed), len(leaves))
         return structure.unflatten([x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])
 
-    params = noisy(train.params, seed)
-    average = noisy(train.actor_average, seed + 1)
-    return train._replace(params=params, slow=noisy(train.slow, seed + 2), actor_average=average)
+    fields = [name for name in ("params", "actor_average", "slow", "target") if hasattr(train, name)]
+    return train._replace(**{name: noisy(getattr(train, name), seed + i) for i, name in enumerate(fields)})
+
+
+def stores(config) -> bool:
+    """Whether replay holds acting latents."""
+    return isinstance(config, DreamerConfig) and config.replay_context
+
+
+def state_of(actor):
+    """The world model's part of an acting state."""
+    return actor.agent.state if hasattr(actor, "agent") else actor.state
 
 
 class Case(NamedTuple):
     spec: EnvSpec
-    config: DreamerConfig
+    config: DreamerConfig | TDMPCConfig
     agent: Agent
-    train: dreamer.TrainState
+    train: dreamer.TrainState | tdmpc.TrainState
     traj: Trajectory
     act: object
     update: object
 
 
-def make_case(config: DreamerConfig, spec: EnvSpec) -> Case:
+def make_case(config: DreamerConfig | TDMPCConfig, spec: EnvSpec) -> Case:
     agent = make_agent(config, spec)
     train = randomise(jax.jit(agent.init)(jax.random.key(0)))
     act = jax.jit(agent.act, static_argnums=5)
@@ -105,9 +135,9 @@ def make_case(config: DreamerConfig, spec: EnvSpec) -> Case:
     )
 
 
-def make_trajectory(agent: Agent, train, config: DreamerConfig, spec: EnvSpec, seed: int = 0) -> Trajectory:
+def make_trajectory(agent: Agent, train, config, spec: EnvSpec, seed: int = 0) -> Trajectory:
     """[T + context, B] random rows with an episode boundary, and acting latents where replay has them."""
-    rng, rows = np.random.default_rng(seed), T + config.replay_context
+    rng, rows = np.random.default_rng(seed), T + stores(config)
     action = rng.normal(size=(rows, B, A))
     if spec.action.classes:
         action = np.eye(A)[rng.integers(0, A, (rows, B))]
@@ -115,7 +145,7 @@ def make_trajectory(agent: Agent, train, config: DreamerConfig, spec: EnvSpec, s
     first[3, 0] = True
     last = np.roll(first, -1, 0)
     latent = ()
-    if config.replay_context:
+    if stores(config):
         state = agent.init_actor(train, B).state
         latent = jax.tree.map(lambda x: rng.normal(size=(rows, *x.shape)), state)
     traj = Trajectory(
@@ -134,6 +164,13 @@ def make_trajectory(agent: Agent, train, config: DreamerConfig, spec: EnvSpec, s
 def case(request) -> Case:
     kind, config = CASES[request.param]
     return make_case(config, SPECS[kind])
+
+
+@pytest.fixture(scope="module")
+def dreamer_case(case) -> Case:
+    if not isinstance(case.config, DreamerConfig):
+        pytest.skip("a part that only Dreamer has")
+    return case
 
 
 def obs_of(seed: int):
@@ -172,21 +209,25 @@ def test_act_shapes(case):
         shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
         assert shapes(after) == shapes(actor)
         same(after.action, action)
-        same(info["latent"], after.state if case.config.replay_context else ())
+        same(info["latent"], after.state if stores(case.config) else ())
     assert case.act._cache_size() == 2
 
 
 def test_act_modes(case):
-    """Evaluation is deterministic given the key, exploration varies with it; states are the same in both."""
+    """Evaluation is deterministic given the key, exploration varies with it; states are the same in both, and
+    where somebody else will act."""
     actor, key = case.agent.init_actor(case.train, E), jax.random.key(0)
     run = lambda mode, key: case.act(case.train, actor, obs_of(0), YES, key, mode)
     same(run("eval", key), run("eval", key))
     assert len({run("train", jax.random.key(i))[0].tobytes() for i in range(20)}) > 1
-    same(run("eval", key)[1].state, run("train", key)[1].state)
+    states = [state_of(run(mode, key)[1]) for mode in ("eval", "train", "watch")]
+    same(states[0], states[1])
+    same(states[0], states[2])
 
 
-def test_act_evaluation_uses_the_average(case):
+def test_act_evaluation_uses_the_average(dreamer_case):
     """With an averaged policy on, evaluation acts by it and exploration does not."""
+    case = dreamer_case
     actor, key = case.agent.init_actor(case.train, E), jax.random.key(0)
     flipped = case.train._replace(actor_average=jax.tree.map(lambda x: -x, case.train.actor_average))
     actions = {
@@ -206,8 +247,8 @@ def test_is_first_clears_memory(case):
         _, used, _ = case.act(case.train, used, obs_of(i), NO, jax.random.key(i), "train")
     fresh, key = case.agent.init_actor(case.train, E), jax.random.key(9)
     middle = jnp.array([False, True, False])
-    a = case.act(case.train, used, obs_of(5), middle, key, "eval")
-    b = case.act(case.train, fresh, obs_of(5), middle, key, "eval")
+    a = case.act(case.train, used, obs_of(5), middle, key, "eval")[:2]
+    b = case.act(case.train, fresh, obs_of(5), middle, key, "eval")[:2]
     at = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
     same(at(a, 1), at(b, 1))
     for i in (0, 2):
@@ -221,7 +262,7 @@ def test_memory_matters(case):
         actor = case.agent.init_actor(case.train, E)
         _, actor, _ = case.act(case.train, actor, obs_of(first_obs), YES, jax.random.key(0), "eval")
         actors.append(case.act(case.train, actor, obs_of(7), NO, jax.random.key(1), "eval")[1])
-    assert differ(actors[0].state, actors[1].state)
+    assert differ(state_of(actors[0]), state_of(actors[1]))
 
 
 # Learning --------------------------------------------------------------------------------------------------
@@ -255,8 +296,9 @@ def test_update_is_pure(case):
     assert differ(run_update(case)[0].params, run_update(case, seed=1)[0].params)
 
 
-def test_moving_averages(case):
+def test_moving_averages(dreamer_case):
     """The slow critic and the averaged policy follow the NEW parameters at their rates; percentiles move."""
+    case = dreamer_case
     new, _ = run_update(case)
     rate = case.config.slow_rate
     expected = jax.tree.map(lambda s, p: (1 - rate) * s + rate * p, case.train.slow, new.params["critic"])
@@ -277,7 +319,7 @@ def test_initial_state_shares_no_buffers(case):
     train = case.agent.init(jax.random.key(0))
     leaves = jax.tree.leaves((train, case.agent.init_actor(train, E)))
     assert len({x.unsafe_buffer_pointer() for x in leaves}) == len(leaves)
-    same(train.slow, train.params["critic"])
+    same(train.slow if hasattr(train, "slow") else train.target, train.params["critic"])
 
 
 def test_context_row(case):
@@ -287,7 +329,7 @@ def test_context_row(case):
     rows = jax.tree.map(swap_row, case.traj._replace(latent=()), other._replace(latent=()))
     base = run_update(case)
     changed = run_update(case, traj=rows._replace(latent=case.traj.latent))
-    if not case.config.replay_context:
+    if not stores(case.config):
         assert differ(base[0].params, changed[0].params)
         assert base[1].latent == ()
         return

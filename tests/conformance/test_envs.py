@@ -70,6 +70,7 @@ def host_case(task: str, length: int | None = 500, action_repeat: int = 2) -> Ca
 
 
 CASES = [
+    jax_case("cartpole", "truncated", 500),
     jax_case("pendulum", "truncated", 500),
     jax_case("pendulum_dense", "truncated", 7, max_steps=7),
     jax_case("probe_constant", "terminal", 5, random=False),

@@ -9,7 +9,15 @@ import pytest
 from mbrl import envs
 from mbrl.drivers import DeviceDriver, Source
 from mbrl.seeds import Seeds
-from tests.helpers import as_numpy, assert_close, assert_same, on_one_device, one_seed, tiny_run
+from tests.helpers import (
+    as_numpy,
+    assert_close,
+    assert_same,
+    on_one_device,
+    one_seed,
+    tiny_run,
+    tiny_tdmpc_run,
+)
 
 ENV = envs.make_jax("pendulum", max_steps=6)
 SOURCE = Source(ENV.spec, ENV)
@@ -18,8 +26,8 @@ SOURCE = Source(ENV.spec, ENV)
 class Runner:
     """The programs of a run on some seeds, compiled at first use."""
 
-    def __init__(self, seeds: Seeds):
-        self.run = tiny_run(SOURCE, seeds)
+    def __init__(self, seeds: Seeds, make=tiny_run):
+        self.run = make(SOURCE, seeds)
         self.driver = DeviceDriver(self.run.programs(), 1)
 
     def fill(self, keys):
@@ -99,6 +107,23 @@ def test_seeds_over_devices_equal_seeds_alone(alone):
     state = jax.device_put(alone[0], seeds.sharding)
     state, _, _ = sharded.driver.advance(state, seeds.keys(), 2, learning=True)
     assert all(x.sharding.is_equivalent_to(seeds.sharding, x.ndim) for x in jax.tree.leaves(state))
+
+
+def test_planning_seeds_in_turns_equal_seeds_alone():
+    """TD-MPC2 from its first random step over the burst of updates to planned actions: bit-equal to runs of
+    their own. (Batched seeds round differently, and a planner's choice of the best turns rounding into another
+    action.)"""
+    together, alone = (Runner(on_one_device(*s, loop=True), tiny_tdmpc_run) for s in ((0, 1), (0,)))
+    results = []
+    for runner, members in ((together, [(0, 1)]), (alone, [(0,), (1,)])):
+        parts = []
+        for seeds in members:
+            keys = on_one_device(*seeds).keys()
+            state, _ = runner.driver.programs.pretrain(runner.fill(keys), keys)
+            parts.append(runner.learn(as_numpy(state), keys, 2))
+        results.append(jax.tree.map(lambda *xs: np.concatenate(xs), *parts))
+    assert_same(*results)
+    assert results[0][0].train.updates.tolist() == [6, 6]
 
 
 def test_seeds_differ(healthy):

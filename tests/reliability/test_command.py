@@ -1,5 +1,5 @@
-"""The command `experiments/dreamer_dmc.py`: bad input ends in one sentence, a run leaves what it promises,
-a resumed run equals one that was never stopped."""
+"""The commands `experiments/dreamer_dmc.py` and `tdmpc_dmc.py`: bad input ends in one sentence, a run leaves
+what it promises, a resumed run equals one that was never stopped."""
 
 import importlib.util
 import json
@@ -14,22 +14,34 @@ from mbrl import checkpoints
 from mbrl.errors import UserError
 from mbrl.logger import read_metrics
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "dreamer_dmc.py"
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 TINY = """
     --preset xs --loop.num-envs 2 --loop.prefill 64 --loop.batch-size 4 --loop.batch-length 8
     --loop.train-ratio 8 --loop.collect-steps 8 --loop.eval-episodes 2 --loop.log-every 64
     --loop.eval-every 192 --loop.checkpoint-every 192 --agent.imag-starts 4 --agent.horizon 3
 """.split()  # noqa: SIM905
+# The checkpoint before the last is the one after prefill, before the burst of updates.
+TINY_TDMPC = """
+    --preset s --loop.num-envs 2 --loop.prefill 64 --loop.pretrain 3 --loop.batch-size 4
+    --loop.train-ratio 6 --loop.collect-steps 8 --loop.eval-episodes 2 --loop.log-every 32
+    --loop.eval-every 0 --loop.checkpoint-every 128 --model.latent 8 --model.units 8
+    --model.encoder-units 8 --agent.units 8 --search.samples 4 --search.elites 2
+    --search.policy-samples 1 --search.iterations 2
+""".split()  # noqa: SIM905
 
 
-@pytest.fixture(scope="module")
-def command():
-    """``main(argv)`` of the script, run in this process."""
-    spec = importlib.util.spec_from_file_location("dreamer_dmc_command", SCRIPT)
+def load(script: str):
+    """``main(argv)`` of a script, run in this process."""
+    spec = importlib.util.spec_from_file_location(f"{script}_command", EXPERIMENTS / f"{script}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its annotations are looked up there
     spec.loader.exec_module(module)
     return module.main
+
+
+@pytest.fixture(scope="module")
+def command():
+    return load("dreamer_dmc")
 
 
 @pytest.mark.parametrize(
@@ -83,17 +95,51 @@ def test_too_much_memory_is_refused_before_the_folder_is_made(command, tmp_path)
     assert not folder.exists()
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--critics 1",
+        "--agent.critics 1",
+        "--planner mpi",
+        "--search.samples 8 --search.elites 9",
+        "--model.latent 12",
+        "--preset 5m",
+        "--loop.pretrain -1",
+    ],
+)
+def test_bad_input_of_tdmpc(tmp_path, flags):
+    """Its own flags are refused like Dreamer's."""
+    folder = tmp_path / "run"
+    with pytest.raises((UserError, SystemExit)) as error:
+        load("tdmpc_dmc")(["--preset", "s", "--run-dir", str(folder), *flags.split()])
+    if isinstance(error.value, UserError):
+        name = flags.split()[-2].removeprefix("--").replace("-", "_")
+        assert name in str(error.value).replace("-", "_") and "\n" not in str(error.value)
+    else:
+        assert error.value.code == 2 and flags.startswith("--critics")
+    assert not folder.exists()
+
+
 def run(command, folder, *flags):
     command([*TINY, "--run-dir", str(folder), *flags])
     return folder
 
 
-@pytest.mark.parametrize("task", ["pendulum", "cartpole_swingup"])
-def test_resume_is_exact(command, tmp_path, task):
+@pytest.mark.parametrize(
+    ("script", "tiny", "task", "steps"),
+    [
+        ("dreamer_dmc", TINY, "pendulum", 600),
+        ("dreamer_dmc", TINY, "cartpole_swingup", 600),
+        ("tdmpc_dmc", TINY_TDMPC, "cartpole_swingup", 224),
+    ],
+)
+def test_resume_is_exact(tmp_path, script, tiny, task, steps):
     """A run continued from its checkpoint ends in the same state and logs as one that was never stopped,
     with environments on the device and on the host, two seeds."""
-    flags = ["--task", task, "--num-seeds", "2", "--steps", "600"]
-    whole = run(command, tmp_path / "whole", *flags)
+    command = load(script)
+    flags = [*tiny, "--task", task, "--num-seeds", "2", "--steps", str(steps)]
+    whole = tmp_path / "whole"
+    command([*flags, "--run-dir", str(whole)])
     assert (whole / "curve.png").stat().st_size > 10_000
     summary = json.loads((whole / "summary.json").read_text())
     assert np.shape(summary["eval_return"]["episodes"]) == (2, 2)
@@ -106,7 +152,7 @@ def test_resume_is_exact(command, tmp_path, task):
     final = part / "checkpoints" / f"{found[-1]:012d}"
     final.rename(tmp_path / "final")
     rows = timeless(part)
-    command([*TINY, *flags, "--run-dir", str(part), "--resume"])
+    command([*flags, "--run-dir", str(part), "--resume"])
     assert timeless(part) == rows
     assert leaves(final) == leaves(tmp_path / "final")
     assert json.loads((part / "summary.json").read_text())["eval_return"] == summary["eval_return"]

@@ -23,7 +23,7 @@ T, B = 10, 4  # enough posteriors for the random starts of xs
 
 
 def make_agent(name: str, preset: str, **agent):
-    factory, values = load_factory("world model", name, world_models.REGISTRY), DREAMER[preset]
+    factory, values = load_factory("world model", name, world_models.LATENT), DREAMER[preset]
     model = override(config_type(factory)(), values["model"] | values.get(name, {}))
     fields = values["agent"] | values.get(f"agent/{name}", {}) | {"optimiser": values["optimiser"]} | agent
     config = override(DreamerConfig(), fields)
@@ -31,7 +31,7 @@ def make_agent(name: str, preset: str, **agent):
 
 
 @pytest.mark.parametrize("preset", ["xs", "size12m"])
-@pytest.mark.parametrize("name", world_models.REGISTRY)
+@pytest.mark.parametrize("name", world_models.LATENT)
 def test_dreamer_trains_on(name, preset):
     """One update keeps every shape and dtype, and so does acting; what replay stores is small."""
     agent = make_agent(name, preset)

@@ -1,0 +1,72 @@
+"""TD-MPC2 on the DeepMind Control Suite, or on an environment written in JAX.
+
+    python experiments/tdmpc_dmc.py --task walker_walk --preset 5M --num-seeds 4 --steps 100000
+
+With no flags: cartpole_swingup with the preset that suits this machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import planners
+from mbrl.agents import tdmpc
+from mbrl.agents.planning import default_search, planned
+from mbrl.agents.tdmpc import TDMPCConfig
+from mbrl.config import choose, override, run_main
+from mbrl.experiment import Experiment, execute, parse
+from mbrl.losses import episode_discount
+from mbrl.planning import PlanConfig, RuleConfig
+from mbrl.presets import TDMPC as PRESETS
+from mbrl.programs import LoopConfig
+from mbrl.types import Agent, EnvSpec
+from world_models.tdmpc import TDMPCModelConfig, make
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Experiment):
+    """TD-MPC2: planning in a latent world model with a learned terminal value and policy prior."""
+
+    search: RuleConfig
+    """Settings of the planner."""
+    planner: str = "mppi"
+    """Planner by name (mppi, icem, ...) that chooses the actions; none acts by the policy prior alone."""
+    model: TDMPCModelConfig = field(default_factory=TDMPCModelConfig)
+    """World model."""
+    agent: TDMPCConfig = field(default_factory=TDMPCConfig)
+    """Value and policy."""
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    """How the planner is used."""
+
+
+def default_config(preset: str, planner: str) -> Config:
+    """The config of a preset, before flags."""
+    values = PRESETS[choose("--preset", preset, list(PRESETS))]
+    search = default_search(planner, planners.REGISTRY)
+    return Config(
+        preset=preset,
+        planner=planner,
+        search=override(search, values["search"].get(planner, {})),
+        model=override(TDMPCModelConfig(), values["model"]),
+        agent=override(TDMPCConfig(), values["agent"]),
+        loop=override(LoopConfig(), values["loop"]),
+    )
+
+
+def make_agent(config: Config, spec: EnvSpec, total_updates: int) -> Agent:
+    discount = config.model.discount or episode_discount(spec.max_steps)
+    model = make(config.model, spec)
+    agent = tdmpc.make(config.agent, spec, model, discount, total_updates)
+    simulator = tdmpc.make_simulator(config.agent, spec, model, discount)
+    return planned(agent, simulator, tdmpc.acting_params, config, planners.REGISTRY, spec)
+
+
+def main(argv: Sequence[str]) -> None:
+    config = parse(argv, default_config, PRESETS, "5M", planner="mppi")
+    # H transitions have H + 1 rows.
+    execute(config, make_agent, extra_rows=1, name=f"TD-MPC2, planner {config.planner}")
+
+
+if __name__ == "__main__":
+    run_main(main)

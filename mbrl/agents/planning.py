@@ -1,0 +1,76 @@
+"""An agent that plans its actions; what and how it learns stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from mbrl.config import config_type, load_factory
+from mbrl.planning import Objective, Planner, PlanState, RuleConfig, make_objective, make_planner
+from mbrl.types import Agent, Array, EnvSpec, Simulator
+
+
+class PlanningState(NamedTuple):
+    """agent: the agent's own acting state; plan: of the planner; action: the previous action [E, A]."""
+
+    agent: Any
+    plan: PlanState
+    action: Array
+
+
+def with_planner(
+    agent: Agent, planner: Planner, objective: Objective, acting_params: Callable[[Any, str], Any]
+) -> Agent:
+    """``agent`` acting by ``planner`` instead of its policy, in training and evaluation.
+
+    acting_params(train, mode) -> parameters for the planner's simulator. The agent's acting state has a field
+    ``state``, the simulator's acting state, and a field ``action``. Its policy's own noise is not used: the
+    search rule explores, or does not.
+    """
+
+    def init_actor(train, batch: int) -> PlanningState:
+        state = agent.init_actor(train, batch)
+        return PlanningState(state, planner.init(batch), state.action.copy())
+
+    def act(train, actor: PlanningState, obs, is_first, key, mode: str):
+        agent_key, plan_key = jax.random.split(key)
+        before = actor.agent._replace(action=actor.action)
+        action, state, info = agent.act(train, before, obs, is_first, agent_key, mode)
+        if mode == "watch":
+            return action, actor._replace(agent=state, action=action), info
+        params = acting_params(train, mode)
+        action, plan, traces = planner.plan(
+            params, objective, actor.plan, state.state, is_first, plan_key, mode
+        )
+        return action, PlanningState(state._replace(action=action), plan, action), info | {"plan": traces}
+
+    return agent._replace(init_actor=init_actor, act=act)
+
+
+def find_rule(name: str, registry: Mapping[str, str]) -> Callable[..., Any]:
+    """The factory of a search rule."""
+    return load_factory("--planner", name, dict(registry) | {"none": ""})
+
+
+def default_search(name: str, registry: Mapping[str, str]) -> RuleConfig:
+    """The default settings of a search rule; those without any field for ``none``."""
+    return RuleConfig() if name == "none" else config_type(find_rule(name, registry))()
+
+
+def planned(
+    agent: Agent,
+    simulator: Simulator,
+    acting_params: Callable[[Any, str], Any],
+    config: Any,
+    registry: Mapping[str, str],
+    spec: EnvSpec,
+) -> Agent:
+    """The agent, acting by the planner that an experiment's config names in ``planner``, with the settings in
+    ``search`` and ``plan``; as it is for ``none``. The discount is in the model's ``cont``."""
+    if config.planner == "none":
+        return agent
+    rule = find_rule(config.planner, registry)(config.search, spec.action)
+    planner = make_planner(simulator, rule, config.plan)
+    return with_planner(agent, planner, make_objective(), acting_params)

@@ -1,0 +1,135 @@
+"""What every experiment does around its agent: flags, presets, resume, environments, run folder, loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import jax
+import tyro
+
+from mbrl import envs
+from mbrl.config import differences, early_flags, override
+from mbrl.drivers import Source
+from mbrl.errors import UserError, check_at_least
+from mbrl.memory import check_memory
+from mbrl.programs import LoopConfig, make_clock
+from mbrl.run_folder import RunFolder
+from mbrl.seeds import Seeds, use_compilation_cache, use_cpu_devices, use_debugging
+from mbrl.train import Run, finish, train
+from mbrl.types import Agent, EnvSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Flags that every experiment has; an experiment's config adds its parts."""
+
+    task: str = "cartpole_swingup"
+    """A dm_control task by its usual name (walker_walk, cup_catch, ...), or a JAX environment (pendulum)."""
+    preset: str = "s"
+    """Named settings that other flags override: those named by letters for a CPU, the others as published."""
+    seed: int = 0
+    """First seed; members of a run are seed, seed + 1, ..."""
+    num_seeds: int = 1
+    """Independent runs in one compiled program (S)."""
+    steps: int = 80_000
+    """Length of the run in simulator frames per seed, action repeat included."""
+    run_dir: str = ""
+    """Run folder; empty makes a new one under runs/."""
+    resume: bool = False
+    """Continue the run in run_dir from its newest checkpoint, with the settings stored there."""
+    video: bool = False
+    """Film one episode of the final policy into videos/ of the run folder (dm_control tasks only)."""
+    debug: bool = False
+    """Run the same code without compiling, one seed: slow, for breakpoints and prints."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    """Loop."""
+
+
+C = TypeVar("C", bound=Experiment)
+
+
+def parse(
+    argv: Sequence[str], default: Callable[..., C], presets: Iterable[str], accelerator: str, **parts: str
+) -> C:
+    """The config: of a preset or of the run to resume, then flags.
+
+    default(preset, **parts) -> config before flags. presets: their names. accelerator: the preset for one.
+    parts: flags that decide which fields there are, by their default (world_model="rssm").
+    """
+    early = early_flags(argv, preset="", num_seeds=1, run_dir="", resume=False, **parts)
+    use_cpu_devices(max(1, early.num_seeds))
+    if early.resume:
+        if not early.run_dir:
+            raise UserError("--resume needs --run-dir: the folder of the run to continue")
+        return resumed(argv, default, early.run_dir, parts)
+    if not early.preset:
+        cpu = jax.default_backend() == "cpu"
+        early.preset = "s" if cpu else accelerator
+        device = "this machine has no accelerator" if cpu else f"found {jax.devices()[0].device_kind}"
+        print(f"preset {early.preset}: {device}; choose another with --preset {{{','.join(presets)}}}")
+    config = default(early.preset, **{name: getattr(early, name) for name in parts})
+    return tyro.cli(type(config), args=argv, default=config)
+
+
+def resumed(argv: Sequence[str], default: Callable[..., C], run_dir: str, parts: dict[str, str]) -> C:
+    """The stored config; flags may repeat it but not change it."""
+    stored = RunFolder.config_of(run_dir)["config"]
+    use_cpu_devices(stored["num_seeds"])
+    # A run from before a part could be chosen has the default one.
+    named = {name: stored.get(name, value) for name, value in parts.items()}
+    config = override(default(stored["preset"], **named), stored)
+    config = dataclasses.replace(config, run_dir=run_dir, resume=True)
+    given = tyro.cli(type(config), args=argv, default=dataclasses.replace(config, video=False, debug=False))
+    config = dataclasses.replace(config, video=given.video, debug=given.debug)
+    if changed := differences(config, given):
+        raise UserError(f"--resume continues a run as it was started, but {changed[0]} differs from it")
+    return config
+
+
+def make_source(config: Experiment) -> Source:
+    """The environment of the task, on the device or on the host."""
+    repeat = config.loop.action_repeat
+    check_at_least("loop.action_repeat", repeat, 1)
+    if envs.is_jax(config.task):
+        env = envs.make_jax(config.task)
+        return Source(env.spec, env)
+    try:
+        spec = envs.make_host(config.task, 0, repeat).spec
+    except ValueError as error:
+        raise UserError(f"--task: {error}") from None
+    return Source(spec, make_host=lambda seed: envs.make_host(config.task, seed, repeat))
+
+
+def execute(
+    config: C, make_agent: Callable[[C, EnvSpec, int], Agent], extra_rows: int, name: str
+) -> dict[str, Any]:
+    """Trains and evaluates; returns the summary that the run folder gets.
+
+    make_agent(config, spec, total updates). extra_rows: rows of a sampled sequence beside the
+    ``loop.batch_length`` that are trained. name: of the agent, for titles.
+    """
+    if config.debug:
+        use_debugging(config.num_seeds)
+    source = make_source(config)
+    loop = dataclasses.replace(config.loop, action_repeat=source.spec.action_repeat)
+    length = loop.batch_length + extra_rows
+    clock = make_clock(loop, config.steps, length)
+    seeds = Seeds.make(config.seed, config.num_seeds)
+    agent = make_agent(config, source.spec, clock.total_updates)
+    run = Run(agent, source, seeds, loop, clock, length)
+    check_memory(run, print)
+    run_dir = config.run_dir or time.strftime(f"runs/%Y%m%d-%H%M%S-{config.task}-{config.preset}")
+    if config.resume:
+        folder = RunFolder.open_for_resume(run_dir)
+    else:
+        folder = RunFolder.create(run_dir, {"config": dataclasses.asdict(config)})
+    use_compilation_cache()
+    with folder:
+        print(f"{config.task}: {name}, {config.preset}, run folder {folder.path}")
+        summary = train(run, folder, config.resume, config.video)
+        finish(folder, summary, config.task, f"{config.task}: {name}, {config.preset}")
+    return summary

@@ -1,0 +1,182 @@
+"""TD-MPC2's world model: an encoder into simplices and a latent dynamics model, trained by predicting its own
+future encodings and rewards, without a decoder (arXiv 2310.16828, section 3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mbrl.distributions import Bernoulli, symlog_two_hot
+from mbrl.errors import UserError, check_at_least, check_between
+from mbrl.losses import episode_discount
+from mbrl.networks import NormedMLP, apply, flatten_obs
+from mbrl.types import Array, EnvSpec, Observed, Prediction, Starts, Trajectory, WorldModel
+
+sg = jax.lax.stop_gradient
+
+
+@dataclass(frozen=True)
+class TDMPCModelConfig:
+    """Sizes of TD-MPC2's world model."""
+
+    latent: int = 512
+    """Width of the latent z (L), a multiple of simnorm."""
+    simnorm: int = 8
+    """Features of each simplex of the latent (V)."""
+    encoder_layers: int = 1
+    """Hidden layers of the encoder h."""
+    encoder_units: int = 256
+    """Width of the encoder's hidden layers."""
+    units: int = 512
+    """Width of the hidden layers of dynamics d, reward R and termination."""
+    bins: int = 101
+    """Bins of the two-hot reward, odd, uniform in symlog space."""
+    bin_limit: float = 10.0
+    """Outermost bin, as symlog of the reward."""
+    episodic: bool = False
+    """Learn when episodes terminate; for tasks whose episodes can."""
+    discount: float = 0.0
+    """Discount per agent step (gamma); 0 takes 1 - 5 / T within [0.95, 0.995] for episodes of T steps."""
+    encoder_lr_scale: float = 0.3
+    """Learning rate of the encoder as a multiple of the optimiser's."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the networks' activations; parameters, losses and optimiser stay float32."""
+
+
+class Latent(NamedTuple):
+    """A latent [..., L], and the latent and the action [..., A] that led to it: zeros at an episode's start.
+    The reward on arrival is a function of those two."""
+
+    z: Array
+    source: Array
+    action: Array
+
+
+class Memory(NamedTuple):
+    """The acting state [B]. predicted: the latent predicted from the first step that was observed, or from
+    the episode's start, by actions alone; training only. empty: nothing was observed yet."""
+
+    now: Latent
+    predicted: Array
+    empty: Array
+
+
+def make(config: TDMPCModelConfig, spec: EnvSpec) -> WorldModel:
+    """TD-MPC2's world model for the observations and actions of ``spec``."""
+    check(config)
+    c, dtype = config, jnp.dtype(config.dtype)
+    discount = c.discount or episode_discount(spec.max_steps)
+    obs_size = sum(s.size * (s.classes or 1) for s in spec.obs.values())
+    action_size = spec.action.size
+    modules = {
+        "encoder": NormedMLP(c.encoder_layers, c.encoder_units, c.latent, simnorm=c.simnorm),
+        "dynamics": NormedMLP(2, c.units, c.latent, simnorm=c.simnorm),
+        "reward": NormedMLP(2, c.units, c.bins, zero_out=True),
+    }
+    if c.episodic:
+        modules["termination"] = NormedMLP(2, c.units, 1)
+
+    def call(name, params, *parts):
+        return apply(modules[name], params[name], jnp.concatenate([x.astype(dtype) for x in parts], -1))
+
+    def encode(params, obs):
+        return call("encoder", params, flatten_obs(obs, spec.obs, dtype, squash=lambda x: x))
+
+    def reward_dist(params, source, action):
+        return symlog_two_hot(call("reward", params, source, action), c.bin_limit)
+
+    def termination_dist(params, z):
+        return Bernoulli(call("termination", params, z)[..., 0].astype(jnp.float32))
+
+    def init(key):
+        sizes = {"encoder": obs_size, "termination": c.latent}
+        keys = jax.random.split(key, len(modules))
+        return {
+            name: module.init(k, jnp.zeros((1, sizes.get(name, c.latent + action_size)), dtype))["params"]
+            for (name, module), k in zip(modules.items(), keys, strict=True)
+        }
+
+    def init_state(params, batch):
+        latent = lambda: jnp.zeros((batch, c.latent), dtype)
+        now = Latent(latent(), latent(), jnp.zeros((batch, action_size)))
+        return Memory(now, latent(), jnp.ones(batch, bool))
+
+    def arrive(begins, z, source, action):
+        """What led to the latents z; nothing where an episode begins."""
+        return Latent(z, *(jnp.where(begins[..., None], 0, x) for x in (source, action)))
+
+    def observe(params, state, traj: Trajectory, keys) -> Observed:
+        z = encode(params, traj.obs)
+        before = lambda first, xs: jnp.concatenate([first[None], xs[:-1]])
+        begins = traj.is_first | before(state.empty, jnp.zeros_like(traj.is_first))
+        posterior = arrive(begins, z, before(state.now.z, z), traj.action)
+
+        def step(predicted, inputs):
+            begin, z, action = inputs
+            # Masked before and after: what is not finite would else leave a trace in the gradient.
+            source = jnp.where(begin[:, None], 0, predicted)
+            predicted = jnp.where(begin[:, None], z, call("dynamics", params, source, action))
+            return predicted, (source, predicted)
+
+        inputs = begins, z, posterior.action
+        last, (source, predicted) = jax.lax.scan(step, state.predicted, inputs)
+        live = 1.0 - begins.astype(jnp.float32)
+        losses = {
+            "consistency": jnp.square((predicted - sg(z)).astype(jnp.float32)).mean(-1),
+            "reward": reward_dist(params, source, posterior.action).loss(traj.reward),
+        }
+        if c.episodic:
+            losses["termination"] = termination_dist(params, predicted).loss(
+                traj.is_terminal.astype(jnp.float32)
+            )
+        after = Memory(jax.tree.map(lambda x: x[-1], posterior), last, jnp.zeros_like(state.empty))
+        losses = {name: live * loss for name, loss in losses.items()}
+        return Observed(after, Starts((), posterior), z, losses, {}, predicted)
+
+    def observe_step(params, state, prev_action, obs, is_first, key):
+        z = encode(params, obs)
+        now = arrive(is_first | state.empty, z, state.now.z, prev_action)
+        return Memory(now, z, jnp.zeros_like(state.empty))
+
+    def imagine_step(params, ctx, state, action, key):
+        return Latent(call("dynamics", params, state.z, action), state.z, action.astype(jnp.float32))
+
+    def predict(params, state) -> Prediction:
+        reward = reward_dist(params, state.source, state.action).mean()
+        cont = jnp.full_like(reward, discount)
+        if c.episodic:
+            cont = discount * (1 - termination_dist(params, state.z).mean())
+        return Prediction(reward, cont, {})
+
+    return WorldModel(
+        init=init,
+        init_state=init_state,
+        observe=observe,
+        observe_step=observe_step,
+        starts=lambda params, state: Starts((), state.now),
+        imagine_init=lambda params, starts, horizon: starts.states,
+        imagine_step=imagine_step,
+        predict=predict,
+        features=lambda params, state: state.z,
+        decode=lambda params, features: None,
+        param_groups=lambda: {"encoder/": {"lr_scale": c.encoder_lr_scale}},
+        storable=False,
+    )
+
+
+def check(config: TDMPCModelConfig) -> None:
+    """UserError for impossible values."""
+    for field in ("latent", "simnorm", "encoder_layers", "encoder_units", "units"):
+        check_at_least(f"model.{field}", getattr(config, field), 1)
+    for field in ("bin_limit", "encoder_lr_scale"):
+        check_at_least(f"model.{field}", getattr(config, field), 0)
+    check_between("model.discount", config.discount, 0, 1)
+    if config.latent % config.simnorm:
+        raise UserError(
+            f"model.latent is {config.latent}, it must be a multiple of model.simnorm, {config.simnorm}"
+        )
+    if config.bins < 3 or config.bins % 2 == 0:
+        raise UserError(f"model.bins is {config.bins}, it must be odd and at least 3")
