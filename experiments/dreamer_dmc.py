@@ -8,7 +8,6 @@ With no flags: cartpole_swingup with the preset that suits this machine.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,19 +15,17 @@ import jax
 import tyro
 
 import world_models
-from mbrl import envs
 from mbrl.agents import dreamer
 from mbrl.agents.dreamer import DreamerConfig
 from mbrl.config import choose, config_type, differences, early_flags, load_factory, override, run_main
-from mbrl.drivers import Source
-from mbrl.errors import UserError, check_at_least
+from mbrl.errors import UserError
 from mbrl.latent_model import LatentConfig
-from mbrl.memory import check_memory
+from mbrl.launch import default_folder, launch, make_source
 from mbrl.presets import DREAMER as PRESETS
 from mbrl.programs import LoopConfig, make_clock
 from mbrl.run_folder import RunFolder
-from mbrl.seeds import Seeds, use_compilation_cache, use_cpu_devices, use_debugging
-from mbrl.train import Run, finish, train
+from mbrl.seeds import Seeds, use_cpu_devices, use_debugging
+from mbrl.train import Run
 
 
 @dataclass(frozen=True)
@@ -109,45 +106,22 @@ def resumed_config(argv: Sequence[str], run_dir: str) -> Config:
     return config
 
 
-def make_source(config: Config) -> Source:
-    """The environment of the task, on the device or on the host."""
-    repeat = config.loop.action_repeat
-    check_at_least("loop.action_repeat", repeat, 1)
-    if envs.is_jax(config.task):
-        env = envs.make_jax(config.task)
-        return Source(env.spec, env)
-    try:
-        spec = envs.make_host(config.task, 0, repeat).spec
-    except ValueError as error:
-        raise UserError(f"--task: {error}") from None
-    return Source(spec, make_host=lambda seed: envs.make_host(config.task, seed, repeat))
-
-
 def main(argv: Sequence[str]) -> None:
     config = parse(argv)
     if config.debug:
         use_debugging(config.num_seeds)
     make_model = load_factory("--world-model", config.world_model, world_models.REGISTRY)
-    source = make_source(config)
+    source = make_source(config.task, config.loop.action_repeat)
     loop = dataclasses.replace(config.loop, action_repeat=source.spec.action_repeat)
     length = config.loop.batch_length + int(config.agent.replay_context)
     clock = make_clock(loop, config.steps, length)
-    seeds = Seeds.make(config.seed, config.num_seeds)
     model = make_model(config.model, source.spec)
     agent = dreamer.make(config.agent, source.spec, model, config.model.discount, clock.total_updates)
-    run = Run(agent, source, seeds, loop, clock, length)
-    check_memory(run, print)
-    run_dir = config.run_dir or time.strftime(f"runs/%Y%m%d-%H%M%S-{config.task}-{config.preset}")
-    if config.resume:
-        folder = RunFolder.open_for_resume(run_dir)
-    else:
-        folder = RunFolder.create(run_dir, {"config": dataclasses.asdict(config)})
-    use_compilation_cache()
-    with folder:
-        print(f"{config.task}, {config.world_model} {config.preset}, run folder {folder.path}")
-        summary = train(run, folder, config.resume, config.video)
-        title = f"{config.task}: Dreamer, {config.world_model}, {config.preset}"
-        finish(folder, summary, config.task, title)
+    run = Run(agent, source, Seeds.make(config.seed, config.num_seeds), loop, clock, length)
+    run_dir = config.run_dir or default_folder(config.task, config.preset)
+    headline = f"{config.task}, {config.world_model} {config.preset}"
+    title = f"{config.task}: Dreamer, {config.world_model}, {config.preset}"
+    launch(run, config, run_dir, headline, title, config.resume, config.video)
 
 
 if __name__ == "__main__":
