@@ -72,12 +72,11 @@ def default_config(world_model: str) -> Config:
     factory = load_factory("--world-model", world_model, world_models.REGISTRY)
     model = override(config_type(factory)(), PRESET["model"] | PRESET.get(world_model, {}))
     behaviour = PRESET["agent"] | PRESET.get(f"agent/{world_model}", {})
-    optimiser = {"optimiser": PRESET["optimiser"]}
     return Config(
         model,
         world_model=world_model,
-        probe=override(ProbeConfig(), PRESET["probe"] | optimiser),
-        dreamer=override(DreamerConfig(), behaviour | optimiser),
+        probe=override(ProbeConfig(), PRESET["probe"]),
+        dreamer=override(DreamerConfig(), behaviour | {"optimiser": PRESET["optimiser"]}),
         loop=override(LoopConfig(), PRESET["loop"]),
     )
 
@@ -149,7 +148,9 @@ def main(argv: Sequence[str]) -> None:
     config = parse(argv)
     choose("--task", config.task, list(envs.MEMORY_TASKS))
     if config.agent and config.task in envs.PASSIVE_TASKS:
-        raise UserError(f"--task {config.task} pays whatever an agent does: use --agent with tmaze or memory_chain")
+        raise UserError(
+            f"--task {config.task} pays whatever an agent does: use --agent with tmaze or memory_chain"
+        )
     make_model = load_factory("--world-model", config.world_model, world_models.REGISTRY)
     source = make_source(f"{config.task}:{config.gap}", 1)
     seeds = Seeds.make(config.seed, config.num_seeds)

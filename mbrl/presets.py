@@ -95,7 +95,10 @@ def _memory() -> Preset:
     preset["transformer"] |= {"window": 128}
     preset["agent"] |= {"actor_grad": "reinforce", "bins": 15, "bin_limit": 1.0}
     preset["loop"] |= {"batch_length": 64}
-    preset["probe"] = {}
+    preset["probe"] = {
+        "scale_reward": 30.0,
+        "optimiser": preset["optimiser"] | {"warmup": 0, "decay": "constant"},
+    }
     return preset
 
 

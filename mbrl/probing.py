@@ -33,7 +33,7 @@ class ProbeConfig:
     """Gradient steps."""
     batch_size: int = 32
     """Episodes per update (B)."""
-    eval_every: int = 50
+    eval_every: int = 100
     """Updates between two examinations."""
     eval_episodes: int = 256
     """Fresh episodes per examination and seed."""
@@ -91,8 +91,8 @@ def check(config: ProbeConfig, length: int) -> None:
 
 
 def episodes(env: JaxEnv, key: Array, batch: int) -> Trajectory:
-    """``batch`` whole episodes under uniform random actions, [max_steps + 1, B]. Every episode of ``env`` must
-    last max_steps steps."""
+    """``batch`` whole episodes under uniform random actions, [max_steps + 1, B]. Every episode of ``env``
+    must last max_steps steps."""
     reset_key, key = jax.random.split(key)
     state, first = jax.vmap(env.reset)(jax.random.split(reset_key, batch))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from mbrl.errors import UserError
@@ -15,8 +14,8 @@ def memory_chain(length: int = 20) -> JaxEnv:
     """MemoryChain-bsuite: a bit +-1 is shown at the start, and again after the first action; the action taken
     ``length`` steps later must name it for reward 1, else -1.
 
-    state: (time remaining as a fraction of length, 0 (the query's index: there is one bit), the bit while shown
-    and else 0). Actions [2], one-hot. Episodes have length + 1 steps. Best return 1, without memory 0.
+    state: (time remaining as a fraction of length; the query's index, 0 as there is one bit; the bit while
+    shown and else 0). Actions [2], one-hot. Episodes have length + 1 steps. Best return 1, without memory 0.
     Raises ValueError for length < 1, UserError without gymnax.
     """
     if length < 1:

@@ -1,8 +1,8 @@
 """Memory tasks: what is seen at the start decides the reward at the end, and nothing in between tells it.
 
-The reward of every step but the last is 0. `recall` and `hallway` are passive, their reward does not depend on
-actions: they probe a world model alone. In `tmaze` the last action must answer, so it needs an agent. Each has
-one size, given by name as in ``recall:30``. Observations are {"state": float32 [F]}.
+The reward of every step but the last is 0. `recall` and `hallway` are passive, no action changes the reward:
+they probe a world model alone. In `tmaze` the last action must answer, so it needs an agent. Each has one
+size, given by name as in ``recall:30``. Observations are {"state": float32 [F]}.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ def tmaze(length: int = 20) -> JaxEnv:
 
 
 def hallway(width: int = 50) -> JaxEnv:
-    """Distracting Memory (S4WM, arXiv 2307.02064) with vector observations: the agent is moved along a hallway
-    of ``width`` cells, whose walls have random colours on both sides; it chooses the side that it looks at. The
-    colour at the entrance, one of the first two, decides the reward at the exit: +1 or -1.
+    """Distracting Memory (S4WM, arXiv 2307.02064) with vector observations: the agent is moved along a
+    hallway of ``width`` cells, whose walls have random colours on both sides; it chooses the side that it
+    looks at. The colour at the entrance, one of the first two, decides the reward at the exit: +1 or -1.
 
-    state: (colour one-hot [4], 0 at the exit; the side looked at, +-1, 0 at reset; position in [0, 1]). The cue
-    comes in the same entries as the distractors. Actions [2], one-hot: side -1 or +1. Episodes have ``width``
-    steps. Raises ValueError for width < 2.
+    state: (colour one-hot [4], 0 at the exit; the side looked at, +-1, 0 at reset; position in [0, 1]). The
+    cue comes in the same entries as the distractors. Actions [2], one-hot: side -1 or +1. Episodes have
+    ``width`` steps. Raises ValueError for width < 2.
     """
     if width < 2:
         raise ValueError(f"width must be at least 2, found {width}.")

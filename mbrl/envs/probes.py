@@ -137,9 +137,9 @@ def assemble(
 ) -> JaxEnv:
     """An environment of ``length`` steps that shows {"state": [features]} and draws everything at reset.
 
-    draw(key) -> secret; show(secret, step, action [A]) -> state [features]; reward(secret, step, action) -> [],
-    where ``step`` is that on arrival and ``action`` the one that led there, zeros at reset. Raises ValueError
-    for length < 1.
+    draw(key) -> secret; show(secret, step, action [A]) -> state [features]; reward(secret, step, action)
+    -> [], where ``step`` is that on arrival and ``action`` the one that led there, zeros at reset. Raises
+    ValueError for length < 1.
     """
     if length < 1:
         raise ValueError(f"length must be at least 1, found {length}.")
