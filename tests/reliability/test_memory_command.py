@@ -74,11 +74,33 @@ def test_a_probe_leaves_its_accuracies(command, tmp_path, capsys):
 def test_an_agent_runs(command, tmp_path):
     """The same loop as experiments/dreamer_dmc.py, on a task that needs an answer."""
     folder = tmp_path / "agent"
-    flags = """
-        --agent --task tmaze --gap 3 --steps 256 --loop.num-envs 2 --loop.prefill 64 --loop.batch-size 4
-        --loop.batch-length 8 --loop.train-ratio 8 --loop.collect-steps 8 --loop.eval-episodes 2
-        --dreamer.imag-starts 4 --dreamer.horizon 3
-    """.split()
+    flags = [
+        "--agent",
+        "--task",
+        "tmaze",
+        "--gap",
+        "3",
+        "--steps",
+        "256",
+        "--loop.num-envs",
+        "2",
+        "--loop.prefill",
+        "64",
+        "--loop.batch-size",
+        "4",
+        "--loop.batch-length",
+        "8",
+        "--loop.train-ratio",
+        "8",
+        "--loop.collect-steps",
+        "8",
+        "--loop.eval-episodes",
+        "2",
+        "--dreamer.imag-starts",
+        "4",
+        "--dreamer.horizon",
+        "3",
+    ]
     command([*MODEL, *flags, "--run-dir", str(folder)])
     summary = json.loads((folder / "summary.json").read_text())
     assert np.shape(summary["eval_return"]["episodes"]) == (1, 2)
