@@ -95,8 +95,11 @@ def _memory() -> Preset:
     preset["transformer"] |= {"window": 128}
     preset["agent"] |= {"actor_grad": "reinforce", "bins": 15, "bin_limit": 1.0}
     preset["loop"] |= {"batch_length": 64}
+    preset["s4wm"] |= {"discretise": "unit"}
+    # One observation in an episode shows the cue and one reward asks for it: both must count.
     preset["probe"] = {
-        "scale_reward": 30.0,
+        "scale_rec": 10.0,
+        "scale_reward": 100.0,
         "optimiser": preset["optimiser"] | {"warmup": 0, "decay": "constant"},
     }
     return preset
