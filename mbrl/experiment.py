@@ -90,18 +90,22 @@ def resumed(argv: Sequence[str], default: Callable[..., C], run_dir: str, parts:
     return config
 
 
-def make_source(config: Experiment) -> Source:
-    """The environment of the task, on the device or on the host."""
-    repeat = config.loop.action_repeat
-    check_at_least("loop.action_repeat", repeat, 1)
-    if envs.is_jax(config.task):
-        env = envs.make_jax(config.task)
-        return Source(env.spec, env)
+def make_source(task: str, action_repeat: int) -> Source:
+    """The environment of the task, on the device or on the host. UserError for unknown names."""
+    check_at_least("loop.action_repeat", action_repeat, 1)
     try:
-        spec = envs.make_host(config.task, 0, repeat).spec
+        if envs.is_jax(task):
+            env = envs.make_jax(task)
+            return Source(env.spec, env)
+        spec = envs.make_host(task, 0, action_repeat).spec
     except ValueError as error:
         raise UserError(f"--task: {error}") from None
-    return Source(spec, make_host=lambda seed: envs.make_host(config.task, seed, repeat))
+    return Source(spec, make_host=lambda seed: envs.make_host(task, seed, action_repeat))
+
+
+def default_folder(*parts: str) -> str:
+    """A new run folder under runs/, named by the time and ``parts``."""
+    return f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{'-'.join(parts).replace(':', '_')}"
 
 
 def execute(
@@ -114,22 +118,33 @@ def execute(
     """
     if config.debug:
         use_debugging(config.num_seeds)
-    source = make_source(config)
+    source = make_source(config.task, config.loop.action_repeat)
     loop = dataclasses.replace(config.loop, action_repeat=source.spec.action_repeat)
     length = loop.batch_length + extra_rows
     clock = make_clock(loop, config.steps, length)
     seeds = Seeds.make(config.seed, config.num_seeds)
     agent = make_agent(config, source.spec, clock.total_updates)
     run = Run(agent, source, seeds, loop, clock, length)
+    run_dir = config.run_dir or default_folder(config.task, config.preset)
+    return launch(run, config, run_dir, f"{name}, {config.preset}", config.resume, config.video)
+
+
+def launch(
+    run: Run, config: Any, run_dir: str, name: str, resume: bool = False, video: bool = False
+) -> dict[str, Any]:
+    """Trains ``run`` in its folder, new or resumed, draws its curve, prints its results, returns its summary.
+
+    config: dataclass that config.json shall hold. name: of agent and settings, for titles.
+    """
     check_memory(run, print)
-    run_dir = config.run_dir or time.strftime(f"runs/%Y%m%d-%H%M%S-{config.task}-{config.preset}")
-    if config.resume:
+    if resume:
         folder = RunFolder.open_for_resume(run_dir)
     else:
         folder = RunFolder.create(run_dir, {"config": dataclasses.asdict(config)})
     use_compilation_cache()
+    task = run.source.spec.name
     with folder:
-        print(f"{config.task}: {name}, {config.preset}, run folder {folder.path}")
-        summary = train(run, folder, config.resume, config.video)
-        finish(folder, summary, config.task, f"{config.task}: {name}, {config.preset}")
+        print(f"{task}: {name}, run folder {folder.path}")
+        summary = train(run, folder, resume, video)
+        finish(folder, summary, task, f"{task}: {name}")
     return summary

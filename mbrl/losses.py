@@ -30,6 +30,11 @@ def kl_losses(
     return {"dyn": jnp.maximum(dyn, free_nats), "rep": jnp.maximum(rep, free_nats)}, sg(dyn)
 
 
+def weighted(means: dict[str, Array], scales: dict[str, float]) -> Array:
+    """Sum of named losses, each times the scale of its kind: ``rec`` is that of ``rec_height``."""
+    return sum((scales[name.split("_")[0]] * mean for name, mean in means.items()), jnp.zeros(()))
+
+
 def lambda_return(
     reward: Float[Array, "T *batch"],
     cont: Float[Array, "T *batch"],

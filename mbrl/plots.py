@@ -50,12 +50,7 @@ def save_curve(
     published: drawn as mean +- one standard deviation over its seeds, as far as our run goes and half as far
     again. title: of the picture. Any of them may be empty. Raises OSError when the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display, faster start
-
-    figure = Figure(figsize=(7.2, 4.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = _figure()
     episodes = [point for points in training or () for point in points]
     ours = [frame for points in [*evaluations, episodes] for frame, _ in points]
     last = max(ours, default=0.0)
@@ -75,6 +70,40 @@ def save_curve(
     axes.set_xlabel("simulator frames")
     axes.set_ylabel("episode return")
     axes.xaxis.set_major_formatter(lambda value, _: _short(value))
+    _save(figure, axes, path, title)
+
+
+def save_accuracies(
+    path: str | os.PathLike, updates: Sequence[int], accuracies: dict[str, Any], title: str = ""
+) -> None:
+    """Draw accuracies against updates and write them to ``path`` (PNG, replaced atomically).
+
+    updates: [K]. accuracies: by name, [K, S]; a thin line per seed and a thick one for their mean. title: of
+    the picture. Raises OSError when the file cannot be written.
+    """
+    figure, axes = _figure()
+    for (name, values), colour in zip(accuracies.items(), (_OURS, _PUBLISHED, _TRAINING), strict=False):
+        values = np.asarray(values)
+        axes.plot(updates, values.mean(1), color=colour, lw=2.4, zorder=4, label=name)
+        axes.plot(updates, values, color=colour, lw=0.9, alpha=0.55, zorder=3)
+    axes.set_ylim(0.4, 1.02)
+    axes.set_xlabel("updates of the world model")
+    axes.set_ylabel("accuracy of the last reward")
+    _save(figure, axes, path, title)
+
+
+def _figure():
+    """A figure and its axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure  # not pyplot: no global state, no display, faster start
+
+    figure = Figure(figsize=(7.2, 4.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _save(figure, axes, path: str | os.PathLike, title: str) -> None:
+    """Grid, title and legend; then the file, at once."""
     axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

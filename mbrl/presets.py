@@ -95,6 +95,26 @@ def _xs() -> Preset:
     return preset
 
 
+def _memory() -> Preset:
+    """For memory tasks, whose episodes are short and whose actions are discrete. Attention sees 128 steps."""
+    preset = _small(deter=64, stoch=8, classes=4, layers=1)
+    preset["model"] |= {"bins": 15, "bin_limit": 1.0}
+    preset["transformer"] |= {"window": 128}
+    preset["agent"] |= {"actor_grad": "reinforce", "bins": 15, "bin_limit": 1.0}
+    preset["loop"] |= {"batch_length": 64}
+    preset["s4wm"] |= {"discretise": "unit"}
+    # One observation in an episode shows the cue and one reward asks for it: both must count.
+    preset["probe"] = {
+        "scale_rec": 10.0,
+        "scale_reward": 100.0,
+        "optimiser": preset["optimiser"] | {"warmup": 0, "decay": "constant"},
+    }
+    return preset
+
+
+MEMORY = _memory()
+"""Of `experiments/memory.py`; "probe" is that of a world model alone."""
+
 DREAMER: dict[str, Preset] = {
     "xs": _xs(),
     "s": _small(deter=64, stoch=8, classes=4, layers=2),

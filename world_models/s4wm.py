@@ -24,6 +24,8 @@ from mbrl.networks import Linear, RMSNorm, apply
 from mbrl.recurrence import ScanImpl, from_planes, linear_recurrence, to_planes
 from mbrl.types import Array, EnvSpec, Starts, WorldModel
 
+Rule = Literal["zoh", "bilinear", "unit"]
+
 
 @dataclass(frozen=True)
 class S4WMConfig(FrameConfig):
@@ -35,8 +37,9 @@ class S4WMConfig(FrameConfig):
     """Complex entries of each layer's state (P), one of each conjugate pair; a multiple of ssm_blocks."""
     ssm_blocks: int = 8
     """Independent HiPPO blocks that the state starts as; one large block would oscillate too fast."""
-    discretise: Literal["zoh", "bilinear"] = "zoh"
-    """How the continuous dynamics become steps: zero-order hold, or the bilinear (Tustin) rule."""
+    discretise: Rule = "zoh"
+    """How the continuous dynamics become steps: zero-order hold, the bilinear (Tustin) rule, or unit: the
+    decay of zoh, with the gain that gives every state the variance of its input, however slow it is."""
     dt_min: float = 1e-3
     """Smallest initial step size; a state forgets over about 2 / dt steps."""
     dt_max: float = 1e-1
@@ -61,7 +64,7 @@ class S4WMConfig(FrameConfig):
 class R2IConfig(S4WMConfig):
     """Recall to Imagine: the same model with the published settings."""
 
-    discretise: Literal["zoh", "bilinear"] = "bilinear"
+    discretise: Rule = "bilinear"
     prenorm: bool = False
     mlp: bool = False
     deter: int = 2048
@@ -88,8 +91,12 @@ def hippo_blocks(size: int, blocks: int) -> tuple[np.ndarray, np.ndarray]:
 def discretise(rate: Array, dt: Array, rule: str) -> tuple[Array, Array]:
     """Decay A_bar [P] and input gain g [P], B_bar = g B, of ds/dt = rate s + B u over a step ``dt``.
 
-    expm1 keeps the gain accurate where rate * dt is small.
+    expm1 keeps the gain accurate where rate * dt is small. There the gains of zoh and bilinear are about dt:
+    a state that remembers for 1000 steps hardly takes in what it shall remember. unit makes the gain
+    sqrt(1 - |A_bar|^2) instead (LRU, arXiv 2303.06349 section 3.4).
     """
+    if rule == "unit":
+        return jnp.exp(rate * dt), jnp.sqrt(-jnp.expm1(2 * rate.real * dt)).astype(rate.dtype)
     if rule == "zoh":
         return jnp.exp(rate * dt), jnp.expm1(rate * dt) / rate
     return (1 + dt * rate / 2) / (1 - dt * rate / 2), dt / (1 - dt * rate / 2)
@@ -116,7 +123,8 @@ class S5(nn.Module):
             return jnp.einsum("cgnp,gnd->cgpd", planes(vectors.conj()), real).reshape(2, size, width)
 
         def init_c(key):
-            real = jax.random.normal(key, (c.ssm_blocks, width, n))
+            scale = (2 * size) ** -0.5 if c.discretise == "unit" else 1.0  # outputs as large as inputs
+            real = scale * jax.random.normal(key, (c.ssm_blocks, width, n))
             return jnp.einsum("gdn,cgnp->cdgp", real, planes(vectors)).reshape(2, width, size)
 
         def init_dt(key):

@@ -344,7 +344,7 @@ def make(
         keys = jax.random.split(observe_key, traj.reward.shape[0])
         seen = model.observe(params["model"], state, traj, keys)
         means = {name: loss.mean() for name, loss in seen.losses.items()}
-        loss = sum(scales[name.split("_")[0]] * mean for name, mean in means.items())
+        loss = losses.weighted(means, scales)
         behaviour, norm, start_returns, metrics = behaviour_losses(
             params, train, select_starts(seen.starts, start_key), imagine_key
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 from typing import Any
@@ -20,21 +21,45 @@ REGISTRY: dict[str, str] = {
     "probe_action_discrete": "mbrl.envs.probes:action_discrete",
     "probe_memory": "mbrl.envs.probes:memory",
     "probe_memory_discrete": "mbrl.envs.probes:memory_discrete",
+    "recall": "mbrl.envs.memory:recall",
+    "tmaze": "mbrl.envs.memory:tmaze",
+    "hallway": "mbrl.envs.memory:hallway",
+    "memory_chain": "mbrl.envs.gymnax_adapter:memory_chain",
 }
 """Environments written in JAX: name -> "module:factory", where factory(**options) -> JaxEnv."""
 
+MEMORY_TASKS = {"recall": "gap", "tmaze": "length", "hallway": "width", "memory_chain": "length"}
+"""Tasks with one number in their name, as in ``recall:30``, and the option that it stands for."""
+
+PASSIVE_TASKS = ("recall", "hallway")
+"""Those of them whose rewards do not depend on actions."""
+
 
 def is_jax(name: str) -> bool:
-    """Whether the name is that of an environment written in JAX."""
-    return name in REGISTRY
+    """Whether the name, without its number, is that of an environment written in JAX."""
+    return name.partition(":")[0] in REGISTRY
 
 
 def make_jax(name: str, **options: Any) -> JaxEnv:
-    """An environment written in JAX; ``options`` go to its factory. Raises ValueError for unknown names."""
-    if name not in REGISTRY:
+    """An environment written in JAX; ``options`` go to its factory. Raises ValueError for unknown names and
+    impossible options."""
+    base, colon, number = name.partition(":")
+    if base not in REGISTRY:
         raise unknown(name)
-    module, _, factory = REGISTRY[name].partition(":")
-    return getattr(importlib.import_module(module), factory)(**options)
+    if colon:
+        options = {**options, **_number(name, base, number)}
+    module, _, factory = REGISTRY[base].partition(":")
+    env = getattr(importlib.import_module(module), factory)(**options)
+    return env._replace(spec=dataclasses.replace(env.spec, name=name)) if colon else env
+
+
+def _number(name: str, base: str, number: str) -> dict[str, int]:
+    """The option in a name such as ``recall:30``."""
+    if base not in MEMORY_TASKS:
+        raise ValueError(f"{base!r} takes no number, found {name!r}; these do: {', '.join(MEMORY_TASKS)}")
+    if not (number.isascii() and number.isdecimal()):
+        raise ValueError(f"{name!r} must end in a whole number, its {MEMORY_TASKS[base]}, as in '{base}:30'")
+    return {MEMORY_TASKS[base]: int(number)}
 
 
 def make_host(task: str, seed: int, action_repeat: int = 2) -> HostEnv:

@@ -9,7 +9,8 @@ All observations are {"state": float32 [F]}; sampled entries are drawn once, at 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,9 @@ from mbrl.types import Array, ArraySpec, EnvSpec, JaxEnv, TimeStep
 
 
 class State(NamedTuple):
-    """secret: float32 [], what was drawn at reset. step: int32 [], agent steps so far."""
+    """secret: what was drawn at reset. step: int32 [], agent steps so far."""
 
-    secret: Array
+    secret: Any
     step: Array
 
 
@@ -32,14 +33,14 @@ def constant(length: int = 5, truncate: bool = False) -> JaxEnv:
     ending, hence the value is 1 / (1 - g) everywhere.
     """
 
-    def show(secret: Array, step: Array) -> Array:
+    def show(secret: Array, step: Array, action: Array) -> Array:
         return jnp.ones(1)
 
     def reward(secret: Array, step: Array, action: Array) -> Array:
         return jnp.ones(())
 
     name = "probe_constant_truncated" if truncate else "probe_constant"
-    return _probe(name, 1, ArraySpec((1,)), length, _nothing, show, reward, truncate)
+    return assemble(name, 1, ArraySpec((1,)), length, _nothing, show, reward, truncate)
 
 
 def observation(length: int = 1) -> JaxEnv:
@@ -49,13 +50,13 @@ def observation(length: int = 1) -> JaxEnv:
     b (1 - g^(length - t)) / (1 - g), which is b at the start for the default length 1.
     """
 
-    def show(secret: Array, step: Array) -> Array:
+    def show(secret: Array, step: Array, action: Array) -> Array:
         return secret[None]
 
     def reward(secret: Array, step: Array, action: Array) -> Array:
         return secret
 
-    return _probe("probe_observation", 1, ArraySpec((1,)), length, _bit, show, reward)
+    return assemble("probe_observation", 1, ArraySpec((1,)), length, draw_bit, show, reward)
 
 
 def delayed() -> JaxEnv:
@@ -65,13 +66,13 @@ def delayed() -> JaxEnv:
     Value: g b at the start, b after one step.
     """
 
-    def show(secret: Array, step: Array) -> Array:
+    def show(secret: Array, step: Array, action: Array) -> Array:
         return jnp.stack([jnp.where(step == 0, secret, 0), step / 2])
 
     def reward(secret: Array, step: Array, action: Array) -> Array:
         return jnp.where(step == 2, secret, 0)
 
-    return _probe("probe_delayed", 2, ArraySpec((1,)), 2, _bit, show, reward)
+    return assemble("probe_delayed", 2, ArraySpec((1,)), 2, draw_bit, show, reward)
 
 
 def action(discrete: bool = False) -> JaxEnv:
@@ -83,21 +84,21 @@ def action(discrete: bool = False) -> JaxEnv:
     """
 
     def draw(key: Array) -> Array:
-        return _bit(key) if discrete else jax.random.uniform(key, (), minval=-0.8, maxval=0.8)
+        return draw_bit(key) if discrete else jax.random.uniform(key, (), minval=-0.8, maxval=0.8)
 
-    def show(secret: Array, step: Array) -> Array:
+    def show(secret: Array, step: Array, action: Array) -> Array:
         return secret[None]
 
     def reward(secret: Array, step: Array, action: Array) -> Array:
         if discrete:
-            return _matches(action, secret)
+            return matches(action, secret)
         return 1 - jnp.abs(jnp.clip(action[0], -1, 1) - secret)
 
     name = "probe_action_discrete" if discrete else "probe_action"
-    return _probe(name, 1, _action(discrete), 1, draw, show, reward)
+    return assemble(name, 1, _action(discrete), 1, draw, show, reward)
 
 
-def memory(gap: int = 3, discrete: bool = False) -> JaxEnv:
+def memory(gap: int = 3, discrete: bool = False, name: str = "") -> JaxEnv:
     """A cue c = +-1 is shown at reset, then hidden for ``gap`` observations; the action taken on the last of
     these must match the cue for reward 1, else 0. Tests memory.
 
@@ -109,14 +110,14 @@ def memory(gap: int = 3, discrete: bool = False) -> JaxEnv:
     if gap < 1:
         raise ValueError(f"gap must be at least 1, found {gap}.")
 
-    def show(secret: Array, step: Array) -> Array:
+    def show(secret: Array, step: Array, action: Array) -> Array:
         return jnp.stack([jnp.where(step == 0, secret, 0), (step == gap).astype(jnp.float32)])
 
     def reward(secret: Array, step: Array, action: Array) -> Array:
-        return jnp.where(step == gap + 1, _matches(action, secret), 0)
+        return jnp.where(step == gap + 1, matches(action, secret), 0)
 
-    name = "probe_memory_discrete" if discrete else "probe_memory"
-    return _probe(name, 2, _action(discrete), gap + 1, _bit, show, reward)
+    name = name or ("probe_memory_discrete" if discrete else "probe_memory")
+    return assemble(name, 2, _action(discrete), gap + 1, draw_bit, show, reward)
 
 
 constant_truncated = functools.partial(constant, truncate=True)
@@ -124,29 +125,39 @@ action_discrete = functools.partial(action, discrete=True)
 memory_discrete = functools.partial(memory, discrete=True)
 
 
-def _probe(name, features, action, length, draw, show, reward, truncate=False) -> JaxEnv:
-    """Assemble a probe of ``length`` steps.
+def assemble(
+    name: str,
+    features: int,
+    action: ArraySpec,
+    length: int,
+    draw: Callable[[Array], Any],
+    show: Callable[..., Array],
+    reward: Callable[..., Array],
+    truncate: bool = False,
+) -> JaxEnv:
+    """An environment of ``length`` steps that shows {"state": [features]} and draws everything at reset.
 
-    draw(key) -> secret []; show(secret, step) -> state [features]; reward(secret, step, action [A]) -> [],
-    where ``step`` is that on arrival. Raises ValueError for length < 1.
+    draw(key) -> secret; show(secret, step, action [A]) -> state [features]; reward(secret, step, action)
+    -> [], where ``step`` is that on arrival and ``action`` the one that led there, zeros at reset. Raises
+    ValueError for length < 1.
     """
     if length < 1:
         raise ValueError(f"length must be at least 1, found {length}.")
     spec = EnvSpec(name, {"state": ArraySpec((features,))}, action, 1, length)
 
-    def arrive(state: State, value: Array) -> TimeStep:
+    def arrive(state: State, action: Array, value: Array) -> TimeStep:
         is_last = state.step >= length
-        obs = {"state": show(state.secret, state.step).astype(jnp.float32)}
+        obs = {"state": show(state.secret, state.step, action).astype(jnp.float32)}
         return TimeStep(obs, value.astype(jnp.float32), is_last, jnp.logical_and(is_last, not truncate))
 
     def reset(key: Array) -> tuple[State, TimeStep]:
         state = State(draw(key), jnp.zeros((), jnp.int32))
-        return state, arrive(state, jnp.zeros(()))
+        return state, arrive(state, jnp.zeros(spec.action.shape), jnp.zeros(()))
 
     def step(state: State, action: Array, key: Array) -> tuple[State, TimeStep]:
         del key  # everything is drawn at reset
         state = State(state.secret, state.step + 1)
-        return state, arrive(state, reward(state.secret, state.step, action))
+        return state, arrive(state, action, reward(state.secret, state.step, action))
 
     return JaxEnv(spec, reset, step)
 
@@ -155,7 +166,8 @@ def _nothing(key: Array) -> Array:
     return jnp.zeros(())
 
 
-def _bit(key: Array) -> Array:
+def draw_bit(key: Array) -> Array:
+    """+1.0 or -1.0 with equal probability."""
     return jnp.where(jax.random.bernoulli(key), 1.0, -1.0)
 
 
@@ -163,7 +175,7 @@ def _action(discrete: bool) -> ArraySpec:
     return ArraySpec((2,), classes=2) if discrete else ArraySpec((1,))
 
 
-def _matches(action: Array, bit: Array) -> Array:
+def matches(action: Array, bit: Array) -> Array:
     """1.0 when the action [1] (by its sign) or [2] (one-hot) says the bit +-1, else 0.0."""
     said_plus = action[0] > 0 if action.shape == (1,) else jnp.argmax(action) == 1
     return (said_plus == (bit > 0)).astype(jnp.float32)

@@ -81,6 +81,10 @@ CASES = [
     jax_case("probe_action_discrete", "terminal", 1),
     jax_case("probe_memory", "terminal", 4),
     jax_case("probe_memory_discrete", "terminal", 6, gap=5),
+    jax_case("recall", "terminal", 7, gap=6),
+    jax_case("tmaze", "terminal", 21),
+    jax_case("hallway", "terminal", 6, width=6),
+    jax_case("memory_chain", "terminal", 21),
     host_case("cartpole_swingup"),
     host_case("cup_catch"),
     host_case("walker_walk", 250, action_repeat=4),
@@ -90,6 +94,17 @@ CASES = [
     host_case("lqr_2_1", None),
 ]
 JAX_NAMES = list(envs.REGISTRY)
+OPTIONAL = {"memory_chain": "gymnax"}
+"""Environments that need a package which is not installed by default."""
+
+
+@pytest.fixture(autouse=True)
+def _has_what_it_needs(request):
+    """Skips an environment whose optional package is missing."""
+    case = request.getfixturevalue("case") if "case" in request.fixturenames else None
+    name = case.name if case else request.node.callspec.params["name"]
+    if package := OPTIONAL.get(name):
+        pytest.importorskip(package)
 
 
 @pytest.fixture(params=CASES, ids=lambda case: case.name)

@@ -215,3 +215,9 @@ def test_losses_of_a_perfect_posterior_vanish():
     clipped, kl = losses.kl_losses(dist, dist, free_nats=1.0)
     np.testing.assert_allclose(kl, 0, atol=1e-6)
     assert (clipped["rep"] == 1).all()
+
+
+def test_weighted_sum():
+    """A scale holds for all losses of its kind."""
+    means = {"rec_a": jnp.float32(2.0), "rec_b": jnp.float32(3.0), "dyn": jnp.float32(5.0)}
+    assert float(losses.weighted(means, {"rec": 10.0, "dyn": 0.5, "cont": 7.0})) == 52.5

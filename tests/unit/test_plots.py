@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mbrl import published
-from mbrl.plots import aggregate, save_curve
+from mbrl.plots import aggregate, save_accuracies, save_curve
 from mbrl.statistics import bootstrap_interval, iqm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +59,12 @@ def test_evaluations_that_have_not_begun_and_arrays(tmp_path):
     save_curve(tmp_path / "b.png", [np.array(points(0)), np.array(points(1))], [np.array(points(2))], None)
     save_curve(tmp_path / "c.png", [[(0, np.nan)], [(0, 1.0)]], None, CURVE)
     save_curve(tmp_path / "d.png", [[(2_000_000, 900.0)]], None, CURVE)  # beyond the published curve
+
+
+def test_accuracies_give_a_picture(tmp_path):
+    shares = np.linspace(0.5, 1, 8).reshape(4, 2)
+    save_accuracies(tmp_path / "a.png", [1, 2, 3, 4], {"one": shares, "two": shares[::-1]}, "recall:30")
+    assert matplotlib.image.imread(tmp_path / "a.png")[..., :3].std() > 0.01
 
 
 def test_an_old_picture_survives_a_failure(tmp_path, monkeypatch):

@@ -6,10 +6,13 @@ import jax
 import numpy as np
 import pytest
 
+import world_models
+from mbrl import envs
 from mbrl.agents import dreamer
 from mbrl.agents.dreamer import DreamerConfig
-from mbrl.config import override
-from mbrl.presets import DREAMER
+from mbrl.config import config_type, load_factory, override
+from mbrl.presets import DREAMER, MEMORY
+from mbrl.probing import ProbeConfig
 from mbrl.programs import LoopConfig, make_clock
 from mbrl.types import ArraySpec, EnvSpec
 from world_models import rssm
@@ -72,6 +75,19 @@ def test_small_presets_are_small():
     published size."""
     xs, s = count(shapes("xs").params), count(shapes("s").params)
     assert xs < s and xs < 50_000 and s < PUBLISHED["size1m"] / 2
+
+
+@pytest.mark.parametrize("name", ["rssm", "s4wm", "r2i", "transformer"])
+def test_memory_preset(name):
+    """Backbones of one width that differ in little but their memory, small enough for probes on a CPU; an
+    agent's batches hold an episode of the tasks that need one."""
+    make = load_factory("--world-model", name, world_models.REGISTRY)
+    config = override(config_type(make)(), MEMORY["model"] | MEMORY[name])
+    assert 64 in (getattr(config, "width", 0), getattr(config, "deter", 0)) and config.units == 64
+    model = make(config, envs.make_jax("recall:30").spec)
+    assert 50_000 < count(jax.eval_shape(model.init, jax.random.key(0))) < 400_000
+    assert override(ProbeConfig(), MEMORY["probe"]).optimiser.learning_rate == 1e-3
+    assert override(LoopConfig(), MEMORY["loop"]).batch_length > envs.make_jax("tmaze:30").spec.max_steps
 
 
 @pytest.mark.parametrize("name", DREAMER)

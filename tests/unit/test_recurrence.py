@@ -54,13 +54,16 @@ def test_hippo():
     assert (values.imag > 0).all() and np.allclose(values.real, -0.5)
 
 
-@pytest.mark.parametrize("rule", ["zoh", "bilinear"])
+@pytest.mark.parametrize("rule", ["zoh", "bilinear", "unit"])
 @pytest.mark.parametrize("dt", [1e-4, 1e-3, 0.1])
 def test_discretise(rule, dt):
     """Relative error of float32 rounding only, also where the step is small; stable for any step."""
     rate = hippo_blocks(P, 2)[0]
     if rule == "zoh":
         decay, gain = np.exp(rate * dt), (np.exp(rate * dt) - 1) / rate
+    elif rule == "unit":  # white noise of variance 1 gives a state of variance sum_k |A^k g|^2 = 1
+        decay = np.exp(rate * dt)
+        gain = (np.abs(decay) ** (2 * np.arange(200_000)[:, None])).sum(0) ** -0.5
     else:
         decay, gain = (1 + dt * rate / 2) / (1 - dt * rate / 2), dt / (1 - dt * rate / 2)
     ours = discretise(jnp.asarray(rate, jnp.complex64), jnp.full(P, dt, jnp.float32), rule)
