@@ -1,6 +1,6 @@
 """Evaluates the agents of a run folder: all seeds and episodes at once, deterministic policies.
 
-    python experiments/evaluate.py runs/my-run --num-episodes 20 --video my-run.mp4 --json my-run.json
+python experiments/evaluate.py runs/my-run --num-episodes 20 --video my-run.mp4 --json my-run.json
 """
 
 from __future__ import annotations
@@ -67,9 +67,7 @@ def main(argv: Sequence[str]) -> None:
     returns = run.evaluate(config.num_episodes or None)
     seconds = time.perf_counter() - began
     score = published.score_at(run.spec.name, run.frames)
-    Console().print(
-        results_table(run.spec.name, run.frames, returns, seconds, score, list(run.seeds.seeds))
-    )
+    Console().print(results_table(run.spec.name, run.frames, returns, seconds, score, list(run.seeds.seeds)))
     if config.json is not None:
         write_json(config.json, result(run, returns, seconds))
         print(f"result: {config.json}")

@@ -22,8 +22,8 @@ def make_device(
 ) -> Callable[..., Any]:
     """``evaluate(train, keys) -> returns [S, episodes]``; one program, ``episodes`` environments per seed.
 
-    record: return (returns, Trajectory [S, T, episodes]) instead, the final observation included; what follows
-    the first ``is_last`` of a column is no part of the evaluation.
+    record: return (returns, Trajectory [S, T, episodes]) instead, the final observation included; what
+    follows the first ``is_last`` of a column is no part of the evaluation.
     """
 
     max_steps = env.spec.max_steps or MAX_STEPS

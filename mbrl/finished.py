@@ -92,9 +92,9 @@ class Memory(NamedTuple):
 
 
 class Imagined(NamedTuple):
-    """What a world model expects of ``H`` actions. obs: {key: [H, ..., size]}, the mode of each entry, flat, and
-    empty for a model without a decoder; reward, cont [H, ...]: expected reward on arrival, and discount times
-    the probability that the episode goes on."""
+    """What a world model expects of ``H`` actions. obs: {key: [H, ..., size]}, the mode of each entry, flat,
+    and empty for a model without a decoder; reward, cont [H, ...]: expected reward on arrival, and discount
+    times the probability that the episode goes on."""
 
     obs: dict[str, Array]
     reward: Array
@@ -133,8 +133,8 @@ class Finished:
     ) -> tuple[np.ndarray, Memory]:
         """An action for one observation, and the memory to give back with the next one.
 
-        obs: {key: [*shape]} of one environment, or {key: [E, *shape]} of several. memory: None at the start of
-        an episode. is_first: bool [E], where an episode of several starts anew. seed: whose policy. mode:
+        obs: {key: [*shape]} of one environment, or {key: [E, *shape]} of several. memory: None at the start
+        of an episode. is_first: bool [E], where an episode of several starts anew. seed: whose policy. mode:
         "eval" (deterministic) or "train" (explores). Returns float32 [A] or [E, A], in [-1, 1] or one-hot.
         Raises UserError for an observation of another shape than the spec's.
         """
@@ -167,10 +167,10 @@ class Finished:
         return self._evaluation(episodes, record=True)
 
     def imagine(self, past: Trajectory, actions: Any, seed: int | None = None) -> Imagined:
-        """What the world model of a seed expects after ``past`` if ``actions`` are taken, without seeing more.
+        """What the world model of a seed expects after ``past`` if ``actions`` are taken, seeing no more.
 
-        past: [T, E] of one seed, T at least 1, for example ``jax.tree.map(lambda x: x[0, :20], trajectory)`` of
-        ``play``. actions: [H, E, A]. Returns arrays [H, E, ...].
+        past: [T, E] of one seed, T at least 1, such as ``jax.tree.map(lambda x: x[0, :20], trajectory)`` of
+        what ``play`` returned. actions: [H, E, A]. Returns arrays [H, E, ...].
         """
         actions = jnp.asarray(actions)
         if actions.ndim != 3 or actions.shape[1:] != (past.reward.shape[1], self.spec.action.size):
@@ -265,7 +265,7 @@ class Finished:
 
 
 def expect(model: WorldModel, params: PyTree, starts: Starts, actions: Array, key: Array) -> Imagined:
-    """What a model expects of ``actions`` [H, ..., A] taken from ``starts`` [...], one sample of its future."""
+    """What a model expects of ``actions`` [H, ..., A] from ``starts`` [...], one sample of its future."""
     states, _ = rollout(model, params, starts, lambda features, key, t: actions[t], key, len(actions))
     states = jax.tree.map(lambda x: x[1:], states)
     prediction = model.predict(params, states)

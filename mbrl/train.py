@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mbrl import checkpoints, evaluation, plots, published, replay
+from mbrl import checkpoints, evaluation, plots, published, replay, report
 from mbrl import video as video_module
 from mbrl.collect import Episodes
 from mbrl.drivers import DeviceDriver, HostDriver, Source, make_pool
@@ -248,4 +248,5 @@ def finish(folder: RunFolder, summary: dict[str, Any], task: str, title: str) ->
     score = published.score_at(task, summary["env_steps"])
     returns, wall = summary["eval_return"]["episodes"], summary["wall_seconds"]
     Console().print(results_table(task, summary["env_steps"], returns, wall, score, seeds))
-    print(f"curve, metrics and checkpoints: {folder.path}")
+    report.write_at_end(folder)
+    print(f"report.html, curve, metrics and checkpoints: {folder.path}")
