@@ -65,8 +65,9 @@ def line_chart(
     return svg + (f"<ul class=legend>{''.join(keys)}</ul>" if keys else "")
 
 
-def interval_chart(rows: Sequence[tuple[str, float, float, float]], x_label: str) -> str:
-    """Points with intervals, one row each: (label, value, low, high); NaN bounds draw no interval."""
+def interval_chart(rows: Sequence[tuple[str, float, float, float]], x_label: str, colour: int = 0) -> str:
+    """Points with intervals, one row each: (label, value, low, high); NaN bounds draw no interval.
+    colour: of the first row, the next ones follow."""
     values = _finite(np.array([row[1:] for row in rows], np.float64).ravel())
     if not values.size:
         return ""
@@ -80,7 +81,7 @@ def interval_chart(rows: Sequence[tuple[str, float, float, float]], x_label: str
         parts.append(f'y2="{height - BOTTOM}"/>')
         parts.append(f'<text class=x x="{across(mark):.1f}" y="{height - BOTTOM + 13}">{text}</text>')
     for i, (label, value, low, high) in enumerate(rows):
-        y, colour = 26 * i + 18, f"c{i % COLOURS}"
+        y, colour = 26 * i + 18, f"c{(colour + i) % COLOURS}"
         parts.append(f'<text x="{LEFT / 2}" y="{y - 7}">{escape(label)}</text>')
         if np.isfinite([low, high]).all():
             line = f'x1="{across(low):.1f}" x2="{across(high):.1f}" y1="{y}" y2="{y}"'

@@ -27,8 +27,9 @@ def measure(run: Finished) -> dict[str, Any]:
 
     Returns {"horizon": H, "error": {name: [S, H]}, "unchanged": {name: [S, H]}, "example": {...}}: names are
     the continuous observation keys and "reward"; "unchanged" is the error of predicting that nothing changes.
-    The example is one prediction of the first seed: {"truth": {name: [H, D]}, "predicted": ...}. Empty when
-    episodes are too short to predict anything, or the model decodes nothing.
+    Errors of what never changes in an episode are NaN. The example is one prediction of the first seed, where
+    most happens: {"truth": {name: [H, D]}, "predicted": ...}. Empty when episodes are too short to predict
+    anything, or when nothing changes.
     """
     _, played = run.play(1)
     length = int(played.is_last[:, :, 0].argmax(1).min()) or played.reward.shape[1] - 1
@@ -36,7 +37,7 @@ def measure(run: Finished) -> dict[str, Any]:
     if horizon < 1:
         return {}
     predict = jax.jit(_predict, static_argnums=(0, 3))
-    errors, unchanged, example = {}, {}, {}
+    errors, unchanged, example, moved = {}, {}, {}, 0.0
     for i, seed in enumerate(run.seeds.seeds):
         episode = jax.tree.map(lambda x, i=i: jnp.asarray(x[i, : length + 1]), played)
         points = tuple(np.unique(np.linspace(0, length - horizon, STARTS).astype(int)).tolist())
@@ -46,22 +47,22 @@ def measure(run: Finished) -> dict[str, Any]:
         seen["reward"] = np.asarray(episode.reward, np.float64)
         for name in seen.keys() & predicted.keys():
             error, constant, truth, guess = _compare(seen[name], predicted[name], points, horizon)
-            if error is None:
-                continue
             errors.setdefault(name, []).append(error)
             unchanged.setdefault(name, []).append(constant)
             if i == 0:
-                middle = len(points) // 3
-                example[name] = (truth[:, middle], guess[:, middle])
+                example[name] = (truth, guess)
+                moved += (truth.var(0) / (truth.var((0, 1)) + 1e-12)).mean(-1)
+    errors = {name: error for name, error in errors.items() if np.isfinite(error).any()}
     if not errors:
         return {}
+    most = int(np.argmax(moved))  # an example in which something happens
     return {
         "horizon": horizon,
         "error": {k: np.array(v) for k, v in sorted(errors.items())},
-        "unchanged": {k: np.array(v) for k, v in sorted(unchanged.items())},
+        "unchanged": {k: np.array(unchanged[k]) for k in sorted(errors)},
         "example": {
-            "truth": {k: v[0][:, :MOST_DIMENSIONS] for k, v in sorted(example.items())},
-            "predicted": {k: v[1][:, :MOST_DIMENSIONS] for k, v in sorted(example.items())},
+            "truth": {k: example[k][0][:, most, :MOST_DIMENSIONS] for k in sorted(errors)},
+            "predicted": {k: example[k][1][:, most, :MOST_DIMENSIONS] for k in sorted(errors)},
         },
     }
 
@@ -81,7 +82,7 @@ def _predict(model, params, episode: Trajectory, where) -> dict[str, jax.Array]:
 
 
 def _compare(seen: np.ndarray, predicted: Any, points, horizon: int):
-    """(error [H], error of no change [H], truth [H, N, D], prediction [H, N, D]) of one entry [T, D]; None
+    """(error [H], error of no change [H], truth [H, N, D], prediction [H, N, D]) of one entry [T, D]; NaN
     for the errors of an entry that never changes."""
     seen, guess = seen.reshape(len(seen), -1), np.asarray(predicted, np.float64)
     index = np.array(points)
@@ -89,7 +90,8 @@ def _compare(seen: np.ndarray, predicted: Any, points, horizon: int):
     scale = seen.std(0)
     moving = scale > 1e-6
     if not moving.any():
-        return None, None, truth, guess
+        never = np.full(horizon, np.nan)
+        return never, never, truth, guess
     rms = lambda x: np.sqrt(np.mean(np.square(x / scale)[..., moving], axis=(1, 2)))
     with np.errstate(divide="ignore", invalid="ignore"):  # entries that never move are dropped after division
         return rms(guess - truth), rms(seen[index][None] - truth), truth, guess

@@ -225,7 +225,7 @@ def _prediction(result: Result, predicted: dict[str, Any] | None) -> str:
             Series(f"seed {seed}" if len(result.seeds) <= charts.COLOURS else "", steps, error, colour=i)
             for i, (seed, error) in enumerate(zip(result.seeds, errors))
         ]
-        constant = np.mean(predicted["unchanged"][name], 0)
+        constant = np.nanmean(np.array(predicted["unchanged"][name], np.float64), 0)
         series.append(Series("if nothing changed", steps, constant, colour=7, kind="dashed"))
         cards.append(card(f"Error of {name}", line_chart(series, "steps ahead", "error", zero=True)))
     for name, truth in predicted["example"]["truth"].items():
