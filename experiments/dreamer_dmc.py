@@ -53,6 +53,8 @@ class Config:
     """Run folder; empty makes a new one under runs/."""
     resume: bool = False
     """Continue the run in run_dir from its newest checkpoint, with the settings stored there."""
+    from_run: str = ""
+    """Start from what the agents in another run folder have learned; optimiser and replay start afresh."""
     video: bool = False
     """Film one episode of the final policy into videos/ of the run folder (dm_control tasks only)."""
     debug: bool = False
@@ -145,7 +147,7 @@ def main(argv: Sequence[str]) -> None:
     use_compilation_cache()
     with folder:
         print(f"{config.task}, {config.world_model} {config.preset}, run folder {folder.path}")
-        summary = train(run, folder, config.resume, config.video)
+        summary = train(run, folder, config.resume, config.video, config.from_run)
         title = f"{config.task}: Dreamer, {config.world_model}, {config.preset}"
         finish(folder, summary, config.task, title)
 

@@ -81,13 +81,13 @@ def interval_chart(rows: Sequence[tuple[str, float, float, float]], x_label: str
         parts.append(f'y2="{height - BOTTOM}"/>')
         parts.append(f'<text class=x x="{across(mark):.1f}" y="{height - BOTTOM + 13}">{text}</text>')
     for i, (label, value, low, high) in enumerate(rows):
-        y, colour = 26 * i + 18, f"c{(colour + i) % COLOURS}"
+        y, shade = 26 * i + 18, f"c{(colour + i) % COLOURS}"
         parts.append(f'<text x="{LEFT / 2}" y="{y - 7}">{escape(label)}</text>')
         if np.isfinite([low, high]).all():
             line = f'x1="{across(low):.1f}" x2="{across(high):.1f}" y1="{y}" y2="{y}"'
-            parts.append(f'<line class="bar {colour}" {line}/>')
+            parts.append(f'<line class="bar {shade}" {line}/>')
         if np.isfinite(value):
-            parts.append(f'<circle class="mark {colour}" cx="{across(value):.1f}" cy="{y}" r="4"/>')
+            parts.append(f'<circle class="mark {shade}" cx="{across(value):.1f}" cy="{y}" r="4"/>')
     parts.append(f'<text class=x x="{WIDTH / 2}" y="{height - 5}">{escape(x_label)}</text>')
     name = escape(x_label)
     return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{name}">{"".join(parts)}</svg>'
@@ -170,13 +170,19 @@ def _finite(*arrays: Any) -> np.ndarray:
 
 def _thinned(series: Series) -> Series:
     """Arrays of numbers, long ones as means of consecutive points."""
-    columns = [None if c is None else np.asarray(c, np.float64) for c in series[1:5]]
-    size = columns[0].size if columns[0] is not None else 0
-    if size > MOST_POINTS and series.kind != "dots":
-        width = math.ceil(size / MOST_POINTS)
-        ends = range(0, size, width)
-        columns = [None if c is None else np.array([c[i : i + width].mean() for i in ends]) for c in columns]
-    return Series(series.label, *columns, series.colour, series.kind)
+    size = np.size(series.x)
+    width = 1 if series.kind == "dots" else math.ceil(size / MOST_POINTS)
+
+    def thin(column: Any) -> np.ndarray | None:
+        if column is None:
+            return None
+        column = np.asarray(column, np.float64)
+        return (
+            column if width <= 1 else np.array([column[i : i + width].mean() for i in range(0, size, width)])
+        )
+
+    x, y, low, high = map(thin, series[1:5])
+    return series._replace(x=x, y=y, low=low, high=high)
 
 
 def _axes(x_ticks, y_ticks, x_range, across, down, x_label: str) -> str:

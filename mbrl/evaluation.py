@@ -79,7 +79,7 @@ def make_host(
     program = seeds.program(act, shared=(5,))
     init_actor = seeds.program(lambda train: agent.init_actor(train, episodes))
 
-    def evaluate(train, keys, watch: Callable[[], None] | None = None) -> np.ndarray:
+    def evaluate(train, keys, watch: Callable[[], None] | None = None):
         """watch: called after every step until the first environment's episode ends, to render it."""
         pool.set_state(start)  # the same start states at every evaluation
         batch = lambda x: x.reshape(*shape, *x.shape[1:])

@@ -84,6 +84,31 @@ def load(run_dir: str | os.PathLike) -> Finished:
     return Finished(Path(run_dir), stored, restored.step, parts, seeds, restored.state)
 
 
+def start_from(run_dir: str | os.PathLike, train: PyTree, num_seeds: int) -> PyTree:
+    """``train`` [S, ...] of a new run with everything that another run has learned, but its optimiser.
+
+    run_dir: a run with as many seeds, or with one, which then all start from. Raises UserError where there is
+    no such run, and where its networks are of other shapes.
+    """
+    count = RunFolder.config_of(run_dir).get("config", {}).get("num_seeds")
+    if count not in (1, num_seeds):
+        raise UserError(
+            f"--from-run {run_dir} has {count} seeds, it must have 1 or as many as the new run, {num_seeds}"
+        )
+
+    def taken(name: str, own: PyTree) -> PyTree:
+        if not jax.tree.leaves(own):
+            return own
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), own)
+        found = checkpoints.restore(Path(run_dir) / "checkpoints", like, part=f".train.{name}").state
+        # A copy per seed on the devices of the new run: what is trained is donated.
+        spread = lambda x, to: jax.device_put(jnp.broadcast_to(x, to.shape).copy(), to.sharding)
+        return jax.tree.map(spread, found, own)
+
+    fields = {name: getattr(train, name) for name in train._fields if name not in ("opt", "updates")}
+    return train._replace(**{name: taken(name, own) for name, own in fields.items()})
+
+
 class Memory(NamedTuple):
     """What acting carries from one step to the next: the latent state, and a counter that makes its keys."""
 

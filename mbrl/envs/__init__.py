@@ -65,7 +65,7 @@ def make_host(task: str, seed: int, action_repeat: int = 2) -> HostEnv:
     return dmc.make(task, seed, action_repeat)
 
 
-def check(env: JaxEnv | Callable[[int], HostEnv], random_starts: bool = True) -> bool:
+def check(env: JaxEnv | Callable[[int], Any], random_starts: bool = True) -> bool:
     """Runs the conformance checks on an environment of your own and explains each failure in a sentence; see
     `mbrl.envs.checks.check`."""
     from mbrl.envs import checks

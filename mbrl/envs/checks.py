@@ -6,6 +6,7 @@ same ones on the environments that come with the package.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,21 +24,22 @@ class Failed(Exception):
     """What an environment does wrong, and what it must do, in one sentence."""
 
 
-def check(env: JaxEnv | Make, random_starts: bool = True, say: Callable[[str], None] = print) -> bool:
+def check(
+    env: JaxEnv | HostEnv | Make, random_starts: bool = True, say: Callable[[str], None] = print
+) -> bool:
     """Whether an environment does what collectors and agents rely on; says a line per check.
 
     env: a `JaxEnv`, or ``make(seed) -> HostEnv`` (a function, since some checks compare two environments).
     random_starts: whether another seed or episode starts elsewhere; False skips that check.
     """
+    make, found = env, {**CHECKS}
     if isinstance(env, JaxEnv):
-        make, found = (lambda seed: JaxAsHost(env, seed)), {**CHECKS}
-        found |= {name: lambda _, f=function: f(env) for name, function in JAX_CHECKS.items()}
+        make = functools.partial(JaxAsHost, env)
+        found |= {name: functools.partial(_of_jax, f, env) for name, f in JAX_CHECKS.items()}
     elif isinstance(env, HostEnv):
         raise UserError(
             "check needs the function that makes the environment: check(lambda seed: MyEnv(seed))"
         )
-    else:
-        make, found = env, {**CHECKS}
     if not random_starts:
         found.pop("starts differ")
     good = True
@@ -45,7 +47,7 @@ def check(env: JaxEnv | Make, random_starts: bool = True, say: Callable[[str], N
         opened: list[Any] = []
 
         def tracked(seed: int, opened=opened) -> Any:
-            opened.append(make(seed))
+            opened.append(make(seed))  # pyright: ignore[reportCallIssue]
             return opened[-1]
 
         try:
@@ -61,6 +63,10 @@ def check(env: JaxEnv | Make, random_starts: bool = True, say: Callable[[str], N
             for one in opened:
                 one.close()
     return good
+
+
+def _of_jax(function: Callable[[JaxEnv], None], env: JaxEnv, make: Make) -> None:
+    function(env)
 
 
 class JaxAsHost:
@@ -243,7 +249,8 @@ def check_clipping(make: Make) -> None:
     a, b = make(1), make(1)
     if a.spec.action.classes:
         return
-    a.reset(), b.reset()
+    a.reset()
+    b.reset()
     for sign in np.sign(actions(a.spec, a.spec.max_steps or 5)[:5]):
         outside, bound = a.step(3 * sign), b.step(sign)
         require(same(outside, bound), "an action of 3 does something else than 1: clip actions to [-1, 1]")
@@ -272,7 +279,8 @@ def check_state(make: Make) -> None:
         return steps + play(one, 10, 2) + play(one, 10, 3)
 
     if env.spec.max_steps == 1:  # the episode may be over already
-        env.reset(), other.reset()
+        env.reset()
+        other.reset()
     for t, (a, b) in enumerate(zip(onward(env), onward(other))):
         require(
             same(a, b),
@@ -340,7 +348,7 @@ def check_types(env: JaxEnv) -> None:
         require(
             a == b,
             f"state{jax.tree_util.keystr(path[0])} is {_typed(a)} after reset and {_typed(b)} after step, a "
-            "scan needs the same: give the type, e.g. jnp.float32(0)",
+            "scan needs the same: give the type, as in jnp.float32(0)",
         )
     loose = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     require(loose(first) == loose(second), "reset and step return time steps of different types or shapes")

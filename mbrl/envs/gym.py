@@ -120,7 +120,7 @@ class Gymnasium:
             value = obs
             for part in path:
                 value = value[part]
-            arrays[key] = (np.array(value) - start).astype(spec.dtype).reshape(spec.shape)
+            arrays[key] = np.asarray(np.asarray(value) - start, spec.dtype).reshape(spec.shape)  # a copy
         return arrays
 
     def get_state(self) -> dict[str, np.ndarray]:

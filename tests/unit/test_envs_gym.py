@@ -270,16 +270,21 @@ def test_each_fault_is_found_and_explained(fault):
 def test_faults_of_an_environment_in_jax():
     made = importlib.import_module("examples.own_jax_environment").make()
     said = []
-    weak = made._replace(reset=lambda key: (lambda s, t: (s._replace(step=0), t))(*made.reset(key)))
-    assert not envs.checks.check(weak, say=said.append)
-    assert any("state.step is weakly typed int32 () after reset" in line for line in said), said
+
+    def whole(key):
+        state, timestep = made.reset(key)
+        return state._replace(position=jnp.int32(0)), timestep
+
+    assert not checks.check(made._replace(reset=whole), say=said.append)
+    expected = "state.position is int32 () after reset and float32 () after step"
+    assert any(expected in line for line in said), said
 
     def greedy(key):
         state, timestep = made.reset(key)
         return state._replace(velocity=jnp.float32(0) * made.reset(key)[0].position), timestep
 
     said = []
-    assert not envs.checks.check(made._replace(reset=greedy), say=said.append)
+    assert not checks.check(made._replace(reset=greedy), say=said.append)
     assert any("key is used twice" in line for line in said), said
 
 

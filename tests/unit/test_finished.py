@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 
 import mbrl
+from mbrl import checkpoints, finished, prediction
 from mbrl.errors import UserError
+from mbrl.programs import RunState
+from tests.helpers import assert_same, one_seed
 
 ROOT = Path(__file__).parents[2]
 TINY = """
@@ -127,6 +130,44 @@ def test_no_run_and_settings_of_another_release(run_dir, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(stored))
     with pytest.raises(UserError, match="no checkpoint"):
         mbrl.load(tmp_path)
+
+
+def test_a_new_run_starts_from_what_was_learned(run, run_dir):
+    """All but the optimiser: its moments and the count of updates are those of a new run."""
+    fresh = run.seeds.program(run.agent.init)(jax.device_put(run.seeds.keys()[::-1], run.seeds.sharding))
+    began = finished.start_from(run_dir, fresh, 2)
+    for name in fresh._fields:
+        expected = fresh if name in ("opt", "updates") else run.train
+        assert_same(getattr(began, name), getattr(expected, name))
+    assert int(run.train.updates[0]) > 0
+    pointers = [s.data.unsafe_buffer_pointer() for x in jax.tree.leaves(began) for s in x.addressable_shards]
+    assert len(set(pointers)) == len(pointers)  # all of it is donated to the first update
+    with pytest.raises(UserError, match="has 2 seeds, it must have 1 or as many as the new run, 3"):
+        finished.start_from(run_dir, fresh, 3)
+
+
+def test_one_agent_can_start_many(run, run_dir, tmp_path):
+    """Seeds of the new run all begin with the parameters of the only seed of the other."""
+    stored = json.loads((run_dir / "config.json").read_text())
+    stored["config"]["num_seeds"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    first = jax.tree.map(lambda x: x[:1], run.train)
+    checkpoints.save(tmp_path / "checkpoints", 1, RunState(first, (), (), (), ()))
+    began = finished.start_from(tmp_path, run.train, 2)
+    for index in range(2):
+        assert_same(one_seed(began.params, index), one_seed(run.train.params, 0))
+
+
+def test_measured_prediction(run):
+    """Numbers for every entry and seed, worse for a horizon than for a step; kept through JSON."""
+    found = prediction.measure(run)
+    horizon = found["horizon"]
+    assert horizon == prediction.HORIZON and {"orientation", "velocity"} <= set(found["error"])
+    for error in found["error"].values():
+        assert error.shape == (2, horizon)
+    assert np.isfinite(found["error"]["velocity"]).all()
+    assert found["unchanged"]["velocity"][:, 0].max() < found["unchanged"]["velocity"].max()
+    assert found["example"]["truth"]["orientation"].shape == (horizon, 2)
 
 
 def test_command(run_dir, tmp_path, capsys):
