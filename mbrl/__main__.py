@@ -1,4 +1,4 @@
-"""``python -m mbrl report RUN_DIR...`` and ``python -m mbrl compare RUN_DIR...``: what became of runs."""
+"""``python -m mbrl report | compare | export | data``: what became of runs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ def main(argv: Sequence[str]) -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_report(commands)
     _add_compare(commands)
+    _add_data(commands)
     arguments = parser.parse_args(argv)
     arguments.run(arguments)
 
@@ -74,6 +75,53 @@ def _compare(arguments: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"--out: {arguments.out} cannot be written: {error.strerror}") from error
     print(f"written: {page} and {picture}")
+
+
+def _add_data(commands) -> None:
+    text = "write the episodes in a run's replay as a dataset of npz files"
+    parser = commands.add_parser("export", help=text, description=text)
+    parser.add_argument("run_dir", type=Path, help="folder of a run")
+    parser.add_argument("dataset", type=Path, help="new folder of the dataset")
+    parser.set_defaults(run=_export)
+    text = "describe a dataset: episodes, returns, and the range of every entry"
+    parser = commands.add_parser("data", help=text, description=text)
+    parser.add_argument("dataset", type=Path, help="folder that export wrote")
+    parser.set_defaults(run=_data)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from mbrl import dataset
+
+    found = dataset.from_run(arguments.run_dir)
+    dataset.save(arguments.dataset, found)
+    _describe(found)
+
+
+def _data(arguments: argparse.Namespace) -> None:
+    from mbrl import dataset
+
+    _describe(dataset.load(arguments.dataset))
+
+
+def _describe(found) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from mbrl import dataset
+
+    said = dataset.describe(found)
+    print(
+        f"{said['source']}: {said['rows']:,} rows in {said['episodes']:,} episodes, "
+        f"{said['whole episodes']:,} of them whole, {said['terminal episodes']:,} terminal"
+    )
+    table = Table()
+    for name in ("", "mean", "std", "min", "max"):
+        table.add_column(name, justify="right" if name else "left")
+    ranges = {"episode length": said["length"], "return": said["return"], **said["entries"]}
+    for name, values in ranges.items():
+        if values is not None:
+            table.add_row(name, *(f"{value:.4g}" for value in values.values()))
+    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -115,15 +115,31 @@ def restore(folder: str | os.PathLike, like: Any, part: str = "") -> Restored:
     the next older one is read. Raises UserError when none is left, when it was written by a newer release, or
     when a leaf is missing, unknown, or of another shape or dtype than in ``like``: nothing is ever cast.
     """
+    return _read(*_newest(folder), like, part)
+
+
+def read_arrays(folder: str | os.PathLike, *parts: str) -> tuple[int, dict[str, np.ndarray]]:
+    """(step, {path: array}) of the leaves below some paths of the newest undamaged checkpoint, whatever
+    program wrote it; for arrays of numbers, not for typed keys. Raises UserError as `restore` does.
+    """
+    directory, body = _newest(folder)
+    below = tuple(f"{part}{end}" for part in parts for end in ".[")
+    wanted = lambda path: path in parts or path.startswith(below)
+    found = {i: leaf for i, leaf in enumerate(body["leaves"]) if wanted(leaf["path"])}
+    targets = [jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"]) for leaf in found.values()]
+    arrays = _read_arrays(directory / "state", list(found), targets)
+    return body["step"], {leaf["path"]: np.asarray(x) for leaf, x in zip(found.values(), arrays)}
+
+
+def _newest(folder: str | os.PathLike) -> tuple[Path, dict[str, Any]]:
+    """Directory and manifest of the newest undamaged checkpoint; one warning for each damaged one."""
     folder = Path(folder).absolute()
     found = steps(folder)
     for step in reversed(found):
         try:
-            body = _verified(folder / f"{step:012d}")
+            return folder / f"{step:012d}", _verified(folder / f"{step:012d}")
         except Damaged as damage:
-            warnings.warn(f"checkpoint of step {step} is skipped: {damage}", RuntimeWarning, stacklevel=2)
-            continue
-        return _read(folder / f"{step:012d}", body, like, part)
+            warnings.warn(f"checkpoint of step {step} is skipped: {damage}", RuntimeWarning, stacklevel=3)
     what = f"none of its {len(found)} checkpoints is intact" if found else "it holds no checkpoint"
     raise UserError(f"cannot resume from {folder}: {what}")
 
