@@ -102,35 +102,55 @@ def steps(folder: str | os.PathLike) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def restore(folder: str | os.PathLike, like: Any) -> Restored:
+def restore(folder: str | os.PathLike, like: Any, part: str = "") -> Restored:
     """Read the newest undamaged checkpoint of ``folder``.
 
     like: the state that the program would start with, concrete or abstract (``jax.eval_shape``,
     ``jax.ShapeDtypeStruct`` with or without sharding). Restored leaves are new, unshared arrays with its
     structure, placed with the shardings of its leaves; on the default device, uncommitted, where a leaf has
-    none or is itself uncommitted.
+    none or is itself uncommitted. part: read only what lies below this path of the saved state (".train"),
+    for which ``like`` then stands; the rest, replay above all, is left on disk.
 
     Files are verified against their sha256. A damaged checkpoint gives one warning that names the file, and
     the next older one is read. Raises UserError when none is left, when it was written by a newer release, or
     when a leaf is missing, unknown, or of another shape or dtype than in ``like``: nothing is ever cast.
     """
+    return _read(*_newest(folder), like, part)
+
+
+def read_arrays(folder: str | os.PathLike, *parts: str) -> tuple[int, dict[str, np.ndarray]]:
+    """(step, {path: array}) of the leaves below some paths of the newest undamaged checkpoint, whatever
+    program wrote it; for arrays of numbers, not for typed keys. Raises UserError as `restore` does.
+    """
+    directory, body = _newest(folder)
+    below = tuple(f"{part}{end}" for part in parts for end in ".[")
+    wanted = lambda path: path in parts or path.startswith(below)
+    found = {i: leaf for i, leaf in enumerate(body["leaves"]) if wanted(leaf["path"])}
+    targets = [jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"]) for leaf in found.values()]
+    arrays = _read_arrays(directory / "state", list(found), targets)
+    return body["step"], {leaf["path"]: np.asarray(x) for leaf, x in zip(found.values(), arrays)}
+
+
+def _newest(folder: str | os.PathLike) -> tuple[Path, dict[str, Any]]:
+    """Directory and manifest of the newest undamaged checkpoint; one warning for each damaged one."""
     folder = Path(folder).absolute()
     found = steps(folder)
     for step in reversed(found):
         try:
-            body = _verified(folder / f"{step:012d}")
+            return folder / f"{step:012d}", _verified(folder / f"{step:012d}")
         except Damaged as damage:
-            warnings.warn(f"checkpoint of step {step} is skipped: {damage}", RuntimeWarning, stacklevel=2)
-            continue
-        return _read(folder / f"{step:012d}", body, like)
+            warnings.warn(f"checkpoint of step {step} is skipped: {damage}", RuntimeWarning, stacklevel=3)
     what = f"none of its {len(found)} checkpoints is intact" if found else "it holds no checkpoint"
     raise UserError(f"cannot resume from {folder}: {what}")
 
 
-def _read(directory: Path, body: dict[str, Any], like: Any) -> Restored:
+def _read(directory: Path, body: dict[str, Any], like: Any, part: str) -> Restored:
     wanted = _flatten(like)
-    _check_same(directory, body["leaves"], [_describe(path, leaf) for path, leaf in wanted])
-    arrays = _read_arrays(directory / "state", [_target(leaf) for _, leaf in wanted])
+    below = (f"{part}.", f"{part}[") if part else ""
+    numbers = [i for i, leaf in enumerate(body["leaves"]) if leaf["path"].startswith(below)]
+    stored = [body["leaves"][i] for i in numbers]
+    _check_same(directory, stored, [_describe(part + path, leaf) for path, leaf in wanted])
+    arrays = _read_arrays(directory / "state", numbers, [_target(leaf) for _, leaf in wanted])
     leaves = [_typed(array, leaf) for array, (_, leaf) in zip(arrays, wanted, strict=True)]
     with np.load(directory / "extra.npz", allow_pickle=False) as file:
         extra = {name[1:]: file[name] for name in file.files}
@@ -226,8 +246,9 @@ def _write_arrays(path: Path, leaves: list[Any]) -> None:
         checkpointer.save(path, args=ocp.args.PyTreeSave(item))
 
 
-def _read_arrays(path: Path, targets: list[jax.ShapeDtypeStruct]) -> list[jax.Array]:
-    item = {f"{i:05d}": target for i, target in enumerate(targets) if target.size}
+def _read_arrays(path: Path, numbers: list[int], targets: list[jax.ShapeDtypeStruct]) -> list[jax.Array]:
+    """The leaves with these numbers, all or some of those that were saved."""
+    item = {f"{i:05d}": target for i, target in zip(numbers, targets, strict=True) if target.size}
     with _checkpointer() as (ocp, checkpointer):
         how = {
             name: ocp.RestoreArgs(restore_type=np.ndarray)
@@ -235,9 +256,10 @@ def _read_arrays(path: Path, targets: list[jax.ShapeDtypeStruct]) -> list[jax.Ar
             else ocp.ArrayRestoreArgs(sharding=target.sharding)
             for name, target in item.items()
         }
-        read = checkpointer.restore(path, args=ocp.args.PyTreeRestore(item=item, restore_args=how))
+        what = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
+        read = checkpointer.restore(path, args=what)
     arrays = []
-    for i, target in enumerate(targets):
+    for i, target in zip(numbers, targets, strict=True):
         array = read.pop(f"{i:05d}") if target.size else np.zeros(target.shape, target.dtype)
         if not isinstance(array, jax.Array):
             # A copy: on a CPU device_put may keep NumPy's memory, which cannot be donated.

@@ -25,10 +25,15 @@ def choose(field: str, name: str, options: Sequence[str]) -> str:
     raise UserError(f"{field} is {name!r}{hint}, it must be one of: {', '.join(options)}")
 
 
+def resolve(path: str) -> Any:
+    """What an import path ``module:name`` stands for."""
+    module, name = path.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
 def load_factory(field: str, name: str, registry: Mapping[str, str]) -> Callable[..., Any]:
     """The factory that ``registry`` names by import path ``module:function``."""
-    module, function = registry[choose(field, name, list(registry))].split(":")
-    return getattr(importlib.import_module(module), function)
+    return resolve(registry[choose(field, name, list(registry))])
 
 
 def config_type(factory: Callable[..., Any]) -> type:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +11,20 @@ import numpy as np
 
 from mbrl.envs.pool import HostPool
 from mbrl.seeds import Seeds
-from mbrl.types import Agent, JaxEnv
+from mbrl.types import Agent, JaxEnv, TimeStep, Trajectory
 
 MAX_STEPS = 1000
 """Agent steps after which the evaluation of an environment without a time limit ends."""
 
 
-def make_device(agent: Agent, env: JaxEnv, seeds: Seeds, episodes: int) -> Callable[..., np.ndarray]:
-    """``evaluate(train, keys) -> returns [S, episodes]``; one program, ``episodes`` environments per seed."""
+def make_device(
+    agent: Agent, env: JaxEnv, seeds: Seeds, episodes: int, record: bool = False
+) -> Callable[..., Any]:
+    """``evaluate(train, keys) -> returns [S, episodes]``; one program, ``episodes`` environments per seed.
+
+    record: return (returns, Trajectory [S, T, episodes]) instead, the final observation included; what
+    follows the first ``is_last`` of a column is no part of the evaluation.
+    """
 
     max_steps = env.spec.max_steps or MAX_STEPS
 
@@ -28,12 +35,13 @@ def make_device(agent: Agent, env: JaxEnv, seeds: Seeds, episodes: int) -> Calla
 
         def body(carry, key):
             state, timestep, actor, first, done, returns = carry
+            row = _row(timestep, actor.action, first, jnp) if record else ()
             act_key, step_key = jax.random.split(key)
             action, actor, _ = agent.act(train, actor, timestep.obs, first, act_key, mode="eval")
             state, timestep = jax.vmap(env.step)(state, action, jax.random.split(step_key, episodes))
             returns = returns + jnp.where(done, 0.0, timestep.reward)
             done = done | timestep.is_last
-            return (state, timestep, actor, jnp.zeros_like(first), done, returns), None
+            return (state, timestep, actor, jnp.zeros_like(first), done, returns), row
 
         carry = (
             state,
@@ -43,14 +51,23 @@ def make_device(agent: Agent, env: JaxEnv, seeds: Seeds, episodes: int) -> Calla
             jnp.zeros(episodes, bool),
             jnp.zeros(episodes),
         )
-        carry, _ = jax.lax.scan(body, carry, jax.random.split(loop_key, max_steps))
-        return carry[-1]
+        # One step more where it is recorded, as rows are taken before they are acted on.
+        carry, rows = jax.lax.scan(body, carry, jax.random.split(loop_key, max_steps + record))
+        return (carry[-1], rows) if record else carry[-1]
 
     program = seeds.program(one_seed)
-    return lambda train, keys: np.asarray(program(train, keys))
+    return lambda train, keys: jax.tree.map(np.asarray, program(train, keys))
 
 
-def make_host(agent: Agent, pool: HostPool, seeds: Seeds, episodes: int) -> Callable[..., np.ndarray]:
+def _row(timestep: TimeStep, action: Any, first: Any, xp: Any) -> Trajectory:
+    """An observed step and the action that led to it; ``xp`` is jax.numpy or numpy."""
+    obs, reward, is_last, is_terminal = timestep
+    return Trajectory(obs, xp.where(first[..., None], 0.0, action), reward, first, is_last, is_terminal)
+
+
+def make_host(
+    agent: Agent, pool: HostPool, seeds: Seeds, episodes: int, record: bool = False
+) -> Callable[..., Any]:
     """As `make_device`, for ``pool`` of S x episodes host environments, seed by seed."""
     start = pool.get_state()
     shape = (len(seeds), episodes)
@@ -62,7 +79,7 @@ def make_host(agent: Agent, pool: HostPool, seeds: Seeds, episodes: int) -> Call
     program = seeds.program(act, shared=(5,))
     init_actor = seeds.program(lambda train: agent.init_actor(train, episodes))
 
-    def evaluate(train, keys, watch: Callable[[], None] | None = None) -> np.ndarray:
+    def evaluate(train, keys, watch: Callable[[], None] | None = None):
         """watch: called after every step until the first environment's episode ends, to render it."""
         pool.set_state(start)  # the same start states at every evaluation
         batch = lambda x: x.reshape(*shape, *x.shape[1:])
@@ -70,6 +87,7 @@ def make_host(agent: Agent, pool: HostPool, seeds: Seeds, episodes: int) -> Call
         action = np.zeros((*shape, pool.spec.action.size), np.float32)
         timestep = jax.tree.map(batch, pool.step(action.reshape(-1, action.shape[-1]), first.reshape(-1)))
         returns, done, step = np.zeros(shape), np.zeros(shape, bool), 0
+        rows = [_row(timestep, action, first, np)]
         limit = pool.spec.max_steps or MAX_STEPS
         while not done.all() and step < limit:
             action, actor = program(train, actor, timestep.obs, first, keys, step)
@@ -82,6 +100,8 @@ def make_host(agent: Agent, pool: HostPool, seeds: Seeds, episodes: int) -> Call
             returns += np.where(done, 0.0, timestep.reward)
             done |= timestep.is_last
             step += 1
-        return returns
+            if record:
+                rows.append(_row(timestep, np.asarray(action), first, np))
+        return (returns, jax.tree.map(lambda *xs: np.stack(xs, 1), *rows)) if record else returns
 
     return evaluate

@@ -41,6 +41,8 @@ class Experiment:
     """Run folder; empty makes a new one under runs/."""
     resume: bool = False
     """Continue the run in run_dir from its newest checkpoint, with the settings stored there."""
+    from_run: str = ""
+    """Start from what the agents in another run folder have learned; optimiser and replay start afresh."""
     video: bool = False
     """Film one episode of the final policy into videos/ of the run folder (dm_control tasks only)."""
     debug: bool = False
@@ -126,11 +128,19 @@ def execute(
     agent = make_agent(config, source.spec, clock.total_updates)
     run = Run(agent, source, seeds, loop, clock, length)
     run_dir = config.run_dir or default_folder(config.task, config.preset)
-    return launch(run, config, run_dir, f"{name}, {config.preset}", config.resume, config.video)
+    return launch(
+        run, config, run_dir, f"{name}, {config.preset}", config.resume, config.video, config.from_run
+    )
 
 
 def launch(
-    run: Run, config: Any, run_dir: str, name: str, resume: bool = False, video: bool = False
+    run: Run,
+    config: Any,
+    run_dir: str,
+    name: str,
+    resume: bool = False,
+    video: bool = False,
+    from_run: str = "",
 ) -> dict[str, Any]:
     """Trains ``run`` in its folder, new or resumed, draws its curve, prints its results, returns its summary.
 
@@ -145,6 +155,6 @@ def launch(
     task = run.source.spec.name
     with folder:
         print(f"{task}: {name}, run folder {folder.path}")
-        summary = train(run, folder, resume, video)
+        summary = train(run, folder, resume, video, from_run)
         finish(folder, summary, task, f"{task}: {name}")
     return summary

@@ -112,6 +112,11 @@ def _save(figure, axes, path: str | os.PathLike, title: str) -> None:
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside lower left", fontsize=7.5, frameon=False, ncols=2)
 
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: str | os.PathLike) -> None:
+    """Write a matplotlib figure as PNG, replacing an older file atomically. Raises OSError."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

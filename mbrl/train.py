@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mbrl import checkpoints, evaluation, plots, published, replay
+from mbrl import checkpoints, evaluation, finished, plots, published, replay, report
 from mbrl import video as video_module
 from mbrl.collect import Episodes
 from mbrl.drivers import DeviceDriver, HostDriver, Source, make_pool
@@ -45,10 +45,13 @@ class Run(NamedTuple):
         return jax.eval_shape(self.programs().init, self.seeds.keys())
 
 
-def train(run: Run, folder: RunFolder, resume: bool = False, video: bool = False) -> dict[str, Any]:
+def train(
+    run: Run, folder: RunFolder, resume: bool = False, video: bool = False, from_run: str = ""
+) -> dict[str, Any]:
     """Trains to the end of the clock and returns the summary that it also writes to the run folder.
 
     resume: continue from the newest checkpoint of ``folder``. video: film one episode of the final policy.
+    from_run: folder of another run to take what is learned from; the optimiser and replay start afresh.
     """
     config, clock, seeds = run.config, run.clock, run.seeds
     timer, programs, keys = Timer(), run.programs(), seeds.keys()
@@ -57,6 +60,8 @@ def train(run: Run, folder: RunFolder, resume: bool = False, video: bool = False
     eval_keys = seeds.program(lambda key: stream(key, EVALUATE, 0))(keys)
     with timer("compile"):
         state = jax.block_until_ready(programs.init(keys))
+    if from_run and not resume:
+        state = state._replace(train=finished.start_from(from_run, state.train, len(seeds)))
     iteration, evaluations = 0, []  # evaluations: (frames, returns [S, episodes])
     if resume:
         # Abstract: two states at once may not fit.
@@ -251,4 +256,5 @@ def finish(folder: RunFolder, summary: dict[str, Any], task: str, title: str) ->
     score = published.score_at(task, summary["env_steps"])
     returns, wall = summary["eval_return"]["episodes"], summary["wall_seconds"]
     Console().print(results_table(task, summary["env_steps"], returns, wall, score, seeds))
-    print(f"curve, metrics and checkpoints: {folder.path}")
+    report.write_at_end(folder)
+    print(f"report.html, curve, metrics and checkpoints: {folder.path}")

@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
 from typing import Any
 
 from mbrl.types import HostEnv, JaxEnv
@@ -35,14 +39,24 @@ PASSIVE_TASKS = ("recall", "hallway")
 """Those of them whose rewards do not depend on actions."""
 
 
+GYM = "gym:"
+
+
 def is_jax(name: str) -> bool:
     """Whether the name, without its number, is that of an environment written in JAX."""
+    if _is_own(name):
+        return "seed" not in inspect.signature(_own(name)).parameters
     return name.partition(":")[0] in REGISTRY
 
 
 def make_jax(name: str, **options: Any) -> JaxEnv:
-    """An environment written in JAX; ``options`` go to its factory. Raises ValueError for unknown names and
-    impossible options."""
+    """An environment written in JAX; ``options`` go to its factory.
+
+    name: one of `REGISTRY`, with its number where it takes one, or one of your own as ``module:factory``.
+    Raises ValueError for others and for impossible options.
+    """
+    if _is_own(name) and is_jax(name):
+        return _own(name)(**options)
     base, colon, number = name.partition(":")
     if base not in REGISTRY:
         raise unknown(name)
@@ -63,10 +77,45 @@ def _number(name: str, base: str, number: str) -> dict[str, int]:
 
 
 def make_host(task: str, seed: int, action_repeat: int = 2) -> HostEnv:
-    """A dm_control task by its usual name, see ``mbrl.envs.dmc.make``."""
+    """An environment in Python: a dm_control task by its usual name (see ``mbrl.envs.dmc.make``), one of
+    gymnasium's registry as ``gym:HalfCheetah-v5``, or one of your own as ``module:factory``, where
+    ``factory(seed, action_repeat)`` returns a `HostEnv`. Raises ValueError for others."""
+    if task.startswith(GYM):
+        from mbrl.envs import gym
+
+        return gym.make(task.removeprefix(GYM), seed, action_repeat)
+    if _is_own(task) and not is_jax(task):
+        return _own(task)(seed=seed, action_repeat=action_repeat)
     from mbrl.envs import dmc
 
     return dmc.make(task, seed, action_repeat)
+
+
+def check(env: JaxEnv | Callable[[int], Any], random_starts: bool = True) -> bool:
+    """Runs the conformance checks on an environment of your own and explains each failure in a sentence; see
+    `mbrl.envs.checks.check`."""
+    from mbrl.envs import checks
+
+    return checks.check(env, random_starts)
+
+
+def _is_own(name: str) -> bool:
+    return ":" in name and not name.startswith(GYM) and name.partition(":")[0] not in REGISTRY
+
+
+def _own(name: str) -> Callable[..., Any]:
+    """The factory ``module:factory``, its module found where Python looks or in the current folder. One with
+    a parameter ``seed`` makes environments in Python, one without makes an environment written in JAX."""
+    module, _, factory = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), factory)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"{name!r} is read as MODULE:FACTORY and cannot be imported: {error}; run it from the folder "
+            "of the module"
+        ) from error
 
 
 def names() -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("mbrl", "world_models", "planners", "experiments", "benchmarks", "tests")
+FOLDERS = ("mbrl", "world_models", "planners", "experiments", "examples", "benchmarks", "tests")
 ENTRY_POINTS = ("mbrl.train", "mbrl.__main__")  # they wire parts together, like an experiment
 
 # Who may not import what. A name stands for itself and everything below it.
@@ -18,6 +18,7 @@ FORBIDDEN = {
     "world_models": ("mbrl.agents", "planners", "experiments", "benchmarks", "tests"),
     "planners": ("mbrl.agents", "world_models", "experiments", "benchmarks", "tests"),
     "experiments": ("experiments", "benchmarks", "tests"),
+    "examples": ("experiments", "benchmarks", "tests"),
     "benchmarks": ("experiments", "tests"),
     "tests": ("experiments",),
 }

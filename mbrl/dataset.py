@@ -1,0 +1,197 @@
+"""Recorded episodes on disk: taken out of a run's replay, read back, described.
+
+A dataset is a folder with ``dataset.json`` (what the arrays are and where they come from) and
+``chunk-00000.npz`` and so on: whole episodes one after the other, rows as in `mbrl.types.Transition`, so
+``action[t]`` led to ``obs[t]`` and every episode begins with ``is_first``. The arrays are plain NumPy.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mbrl import checkpoints
+from mbrl.errors import UserError
+from mbrl.finished import make_source
+from mbrl.run_folder import RunFolder, write_atomic, write_json
+from mbrl.types import ArraySpec, EnvSpec, Trajectory
+
+SCHEMA = 1
+CHUNK_ROWS = 50_000
+_FIELDS = ("action", "reward", "is_first", "is_last", "is_terminal")
+
+
+class Dataset(NamedTuple):
+    """spec: of the environment that was recorded. episodes: trajectories [T, ...] of one environment each. A
+    column whose last row is not ``is_last`` was cut off. source: free text, where they come from."""
+
+    spec: EnvSpec
+    episodes: list[Trajectory]
+    source: str
+
+
+def from_run(run_dir: str | os.PathLike) -> Dataset:
+    """The episodes in a run's replay, all seeds and environments, in the order in which they were recorded.
+
+    Episodes that were still going on, or whose beginning replay has overwritten, are cut there. Raises
+    UserError when there is no run or no checkpoint.
+    """
+    stored = RunFolder.config_of(run_dir)
+    step, arrays = checkpoints.read_arrays(
+        Path(run_dir) / "checkpoints",
+        *(f".replay.data.{name}" for name in ("obs", *_FIELDS)),
+        ".replay.inserted",
+    )
+    config = stored["config"]
+    spec = make_source(config["task"], config["loop"]["action_repeat"]).spec
+    inserted = arrays.pop(".replay.inserted")
+    rows = {path.removeprefix(".replay.data."): x for path, x in arrays.items()}
+    data = Trajectory(obs={k: rows[f"obs[{k!r}]"] for k in spec.obs}, **{k: rows[k] for k in _FIELDS})
+    episodes = []
+    for seed, written in enumerate(inserted):
+        columns = _map(lambda x, seed=seed, n=int(written): _unrolled(x[seed], n), data)
+        for env in range(columns.reward.shape[1]):
+            episodes += split(_map(lambda x, env=env: x[:, env], columns))
+    name = Path(run_dir).resolve().name
+    return Dataset(spec, episodes, f"replay of {config['task']} run {name} after {step:,} frames")
+
+
+def split(column: Trajectory) -> list[Trajectory]:
+    """Episodes of one environment's rows [T, ...]; each begins where ``is_first`` says so, or with row 0."""
+    starts = np.flatnonzero(column.is_first)
+    starts = np.unique(np.concatenate([[0], starts]))
+    ends = [*starts[1:], len(column.is_first)]
+    return [_map(lambda x, a=a, b=b: x[a:b], column) for a, b in zip(starts, ends) if b > a]
+
+
+def save(folder: str | os.PathLike, dataset: Dataset, chunk_rows: int = CHUNK_ROWS) -> None:
+    """Writes a dataset into a new folder, or an empty one. Raises UserError when it is neither, or when it
+    cannot be written."""
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty: give a new folder for the dataset")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        names = []
+        for number, chunk in enumerate(_chunks(dataset.episodes, chunk_rows)):
+            names.append(f"chunk-{number:05d}.npz")
+            _write_chunk(folder / names[-1], chunk)
+        about = {
+            "schema": SCHEMA,
+            "source": dataset.source,
+            "spec": _spec_to_json(dataset.spec),
+            "episodes": len(dataset.episodes),
+            "rows": sum(len(e.reward) for e in dataset.episodes),
+            "chunks": names,
+        }
+        write_json(folder / "dataset.json", about)  # last: with it the dataset is whole
+    except OSError as error:
+        raise UserError(f"dataset {folder} cannot be written: {error.strerror or error}") from error
+
+
+def load(folder: str | os.PathLike) -> Dataset:
+    """Reads a dataset. Raises UserError when there is none, when it is damaged, or of a newer release."""
+    folder = Path(folder)
+    try:
+        about = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no dataset in {folder}: dataset.json is missing") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'dataset.json'} cannot be read: {error}") from error
+    if about.get("schema") != SCHEMA:
+        raise UserError(f"dataset {folder} has schema {about.get('schema')}, this release reads {SCHEMA}")
+    spec = _spec_from_json(about["spec"])
+    episodes = []
+    for name in about["chunks"]:
+        try:
+            with np.load(folder / name, allow_pickle=False) as file:
+                obs = {key: file[f"obs/{key}"] for key in spec.obs}
+                rows = Trajectory(obs=obs, **{field: file[field] for field in _FIELDS})
+                ends = np.cumsum(file["lengths"])
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{folder / name} cannot be read: {error}") from error
+        starts = [0, *ends[:-1]]
+        episodes += [_map(lambda x, a=a, b=b: x[a:b], rows) for a, b in zip(starts, ends)]
+    if len(episodes) != about["episodes"]:
+        raise UserError(
+            f"dataset {folder} has {len(episodes)} episodes where it should have {about['episodes']}"
+        )
+    return Dataset(spec, episodes, about["source"])
+
+
+def describe(dataset: Dataset) -> dict[str, Any]:
+    """Counts, returns of whole episodes, and range and spread of every entry, over all rows."""
+    episodes = dataset.episodes
+    if not episodes:
+        raise UserError(f"the dataset has no episodes ({dataset.source})")
+    whole = [e for e in episodes if e.is_first[0] and e.is_last[-1]]
+    returns = np.array([np.sum(e.reward, dtype=np.float64) for e in whole])
+    entries = {name: np.concatenate([e.obs[name] for e in episodes]) for name in dataset.spec.obs}
+    # The first row of an episode has neither action nor reward.
+    entries |= {k: np.concatenate([getattr(e, k)[1:] for e in episodes]) for k in ("action", "reward")}
+    return {
+        "source": dataset.source,
+        "episodes": len(episodes),
+        "whole episodes": len(whole),
+        "terminal episodes": int(sum(bool(e.is_terminal[-1]) for e in episodes)),
+        "rows": int(sum(len(e.reward) for e in episodes)),
+        "length": _range(np.array([len(e.reward) for e in episodes])),
+        "return": _range(returns) if whole else None,
+        "entries": {name: _range(values) for name, values in entries.items() if values.size},
+    }
+
+
+def _range(values: np.ndarray) -> dict[str, float]:
+    values = np.asarray(values, np.float64)
+    kinds = {"mean": np.mean, "std": np.std, "min": np.min, "max": np.max}
+    return {name: float(function(values)) for name, function in kinds.items()}
+
+
+def _unrolled(ring: np.ndarray, inserted: int) -> np.ndarray:
+    """Rows of a ring [capacity, ...] from the oldest to the newest, as many as were written."""
+    if inserted <= len(ring):
+        return ring[:inserted]
+    return np.roll(ring, -(inserted % len(ring)), axis=0)
+
+
+def _map(function: Any, rows: Trajectory) -> Trajectory:
+    fields = {name: function(getattr(rows, name)) for name in _FIELDS}
+    return Trajectory(obs={key: function(x) for key, x in rows.obs.items()}, **fields)
+
+
+def _chunks(episodes: Sequence[Trajectory], rows: int) -> Iterator[list[Trajectory]]:
+    chunk, size = [], 0
+    for episode in episodes:
+        chunk.append(episode)
+        size += len(episode.reward)
+        if size >= rows:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _write_chunk(path: Path, episodes: list[Trajectory]) -> None:
+    arrays = {name: np.concatenate([getattr(e, name) for e in episodes]) for name in _FIELDS}
+    arrays |= {f"obs/{key}": np.concatenate([e.obs[key] for e in episodes]) for key in episodes[0].obs}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, lengths=np.array([len(e.reward) for e in episodes]), **arrays)
+    write_atomic(path, buffer.getvalue())
+
+
+def _spec_to_json(spec: EnvSpec) -> dict[str, Any]:
+    array = lambda a: {"shape": list(a.shape), "dtype": a.dtype, "classes": a.classes}
+    entries = {"obs": {key: array(a) for key, a in spec.obs.items()}, "action": array(spec.action)}
+    return {"name": spec.name, "action_repeat": spec.action_repeat, "max_steps": spec.max_steps, **entries}
+
+
+def _spec_from_json(stored: dict[str, Any]) -> EnvSpec:
+    array = lambda a: ArraySpec(tuple(a["shape"]), a["dtype"], a["classes"])
+    obs = {key: array(a) for key, a in stored["obs"].items()}
+    return EnvSpec(stored["name"], obs, array(stored["action"]), stored["action_repeat"], stored["max_steps"])

@@ -1,0 +1,95 @@
+"""What a run folder says about its run, as arrays: the input of reports and comparisons."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mbrl.errors import UserError
+from mbrl.logger import read_metrics
+from mbrl.run_folder import RunFolder
+
+
+class Result(NamedTuple):
+    """A run. path: its folder. record: ``config.json``, whose entry "config" has the settings. summary:
+    ``summary.json``. rows: of ``metrics.jsonl``. seeds: [S]. frames [K], returns [K, S]: mean return of every
+    evaluation. episodes [S, N]: returns of the last evaluation.
+    """
+
+    path: Path
+    record: dict[str, Any]
+    summary: dict[str, Any]
+    rows: list[dict[str, Any]]
+    seeds: list[int]
+    frames: np.ndarray
+    returns: np.ndarray
+    episodes: np.ndarray
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.record["config"]
+
+    @property
+    def task(self) -> str:
+        return self.config["task"]
+
+    def metric(self, name: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """(frames [N], values [N]) of one logged metric of one seed; values that were not finite are NaN."""
+        found = [(row["step"], row[name]) for row in self.rows if row["seed"] == seed and name in row]
+        frames, values = zip(*found) if found else ((), ())
+        numbers = [np.nan if value is None else value for value in values]
+        return np.array(frames, np.float64), np.array(numbers, np.float64)
+
+    def metrics(self) -> list[str]:
+        """Names of all logged metrics, sorted."""
+        return sorted({name for row in self.rows for name in row} - {"step", "seed"})
+
+    def train_seconds(self) -> np.ndarray:
+        """[K] wall seconds of training, all seeds together, when the evaluations were made."""
+        frames, seconds = self.metric("time/train", self.seeds[0])
+        return np.interp(self.frames, frames, seconds) if frames.size else np.full(len(self.frames), np.nan)
+
+    def at(self, frames: float) -> np.ndarray:
+        """[S] returns of the last evaluation that was made within ``frames``; NaN before the first."""
+        within = np.flatnonzero(self.frames <= frames)
+        return self.returns[within[-1]] if within.size else np.full(len(self.seeds), np.nan)
+
+
+def read(path: str | os.PathLike) -> Result:
+    """The run in a folder, finished or going on. Raises UserError when there is none, or no evaluation."""
+    path = Path(path)
+    record = RunFolder.config_of(path)
+    if "config" not in record:
+        raise UserError(f"{path / 'config.json'} has no settings (entry 'config')")
+    try:
+        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} has no summary.json yet: its run has not been evaluated") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / 'summary.json'} cannot be read: {error}") from error
+    evaluations = summary["evaluations"]
+    as_numbers = lambda values: np.array(values, np.float64)  # null, where a seed failed, is NaN
+    return Result(
+        path=path,
+        record=record,
+        summary=summary,
+        rows=read_metrics(path),
+        seeds=summary["seeds"],
+        frames=as_numbers([one["env_steps"] for one in evaluations]),
+        returns=as_numbers([one["per_seed"] for one in evaluations]),
+        episodes=as_numbers(summary["eval_return"]["episodes"]),
+    )
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, value) of every field of a nested config, names with dots."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -1,0 +1,181 @@
+"""A finished run: the rebuilt agents do what the run's own did."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import mbrl
+from mbrl import checkpoints, finished, prediction
+from mbrl.errors import UserError
+from mbrl.programs import RunState
+from tests.helpers import assert_same, one_seed
+
+ROOT = Path(__file__).parents[2]
+TINY = """
+    --preset xs --loop.num-envs 2 --loop.prefill 64 --loop.batch-size 4 --loop.batch-length 8
+    --loop.train-ratio 8 --loop.collect-steps 8 --loop.eval-episodes 2 --agent.imag-starts 4
+    --agent.horizon 3 --task pendulum --num-seeds 2 --seed 5 --steps 600
+""".split()  # noqa: SIM905
+
+
+def script(name: str):
+    """``main(argv)`` of an experiment, run in this process."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its annotations are looked up there
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    script("dreamer_dmc")([*TINY, "--run-dir", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(run_dir):
+    return mbrl.load(run_dir)
+
+
+@pytest.fixture(scope="module")
+def played(run):
+    return run.play(3)
+
+
+def test_evaluation_is_that_of_the_run(run, run_dir):
+    """The same start states and policies: the returns at the end of training again, exactly."""
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert run.frames == summary["env_steps"] and run.seeds.seeds == (5, 6)
+    np.testing.assert_array_equal(run.evaluate(), summary["eval_return"]["episodes"])
+
+
+def test_what_is_played_adds_up(run, played):
+    returns, trajectory = played
+    assert returns.shape == (2, 3) and trajectory.reward.shape == (2, 501, 3)
+    np.testing.assert_allclose(trajectory.reward.sum(1), returns, rtol=1e-5, atol=1e-5)
+    assert trajectory.is_first[:, 0].all() and not trajectory.is_first[:, 1:].any()
+    assert trajectory.is_last[:, -1].all() and not trajectory.is_last[:, :-1].any()
+    assert not trajectory.action[:, 0].any()
+
+
+def test_acting_step_by_step_reproduces_the_episode(run, played):
+    """The latent sample differs by its key, so actions agree as far as the posterior is certain; what must be
+    exact is that one environment alone acts as in a batch, and that memory is carried."""
+    trajectory = jax.tree.map(lambda x: x[1], played[1])
+    batch, alone = None, None
+    for t in range(4):
+        obs = {k: v[t] for k, v in trajectory.obs.items()}
+        actions, batch = run.act(obs, batch, seed=6)
+        single, alone = run.act({k: v[0] for k, v in obs.items()}, alone, seed=6)
+        assert actions.shape == (3, 1) and single.shape == (1,) and np.abs(actions).max() <= 1
+        np.testing.assert_array_equal(np.asarray(batch.actor.action), actions)
+    assert batch.step == 4
+    again, _ = run.act(obs, batch, is_first=np.ones(3, bool), seed=6)
+    fresh, _ = run.act(obs, None, seed=6)
+    assert again.shape == fresh.shape
+
+
+def test_policies_of_seeds_differ(run, played):
+    obs = {k: v[0, 0, 0] for k, v in played[1].obs.items()}
+    assert run.act(obs, seed=5)[0] != run.act(obs, seed=6)[0]
+    np.testing.assert_array_equal(run.act(obs)[0], run.act(obs, seed=5)[0])
+
+
+def test_imagination_has_the_shapes_of_what_really_happened(run, played):
+    past = jax.tree.map(lambda x: x[0, :5], played[1])
+    future = jax.tree.map(lambda x: x[0, 5:9], played[1])
+    imagined = run.imagine(past, future.action)
+    assert {k: v.shape for k, v in imagined.obs.items()} == {"orientation": (4, 3, 2), "velocity": (4, 3, 1)}
+    assert imagined.reward.shape == imagined.cont.shape == (4, 3)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(imagined))
+    assert (np.asarray(imagined.cont) <= 1).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda run: run.act({"velocity": np.zeros(1)}), ["obs['orientation']", "(2,)"]),
+        (lambda run: run.act({"orientation": np.zeros(3), "velocity": np.zeros(1)}), ["(2,)", "(3,)"]),
+        (lambda run: run.act({"orientation": np.zeros(2), "velocity": np.zeros((2, 1))}), ["batch axis"]),
+        (lambda run: run.act({}, mode="best"), ["mode", "best", "eval, train"]),
+        (lambda run: run.evaluate(0), ["episodes is 0", "at least 1"]),
+        (lambda run: run.learned(7), ["seed is 7", "5, 6"]),
+        (lambda run: run.film("never.mp4"), ["pendulum", "render"]),
+    ],
+)
+def test_mistakes_are_sentences(run, call, words):
+    with pytest.raises(UserError) as error:
+        call(run)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_no_run_and_settings_of_another_release(run_dir, tmp_path):
+    with pytest.raises(UserError, match="no run"):
+        mbrl.load(tmp_path)
+    stored = json.loads((run_dir / "config.json").read_text())
+    stored["config"]["model"]["deeper"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError, match="deeper"):
+        mbrl.load(tmp_path)
+    stored["config"]["model"].pop("deeper")
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError, match="no checkpoint"):
+        mbrl.load(tmp_path)
+
+
+def test_a_new_run_starts_from_what_was_learned(run, run_dir):
+    """All but the optimiser: its moments and the count of updates are those of a new run."""
+    fresh = run.seeds.program(run.agent.init)(jax.device_put(run.seeds.keys()[::-1], run.seeds.sharding))
+    began = finished.start_from(run_dir, fresh, 2)
+    for name in fresh._fields:
+        expected = fresh if name in ("opt", "updates") else run.train
+        assert_same(getattr(began, name), getattr(expected, name))
+    assert int(run.train.updates[0]) > 0
+    pointers = [s.data.unsafe_buffer_pointer() for x in jax.tree.leaves(began) for s in x.addressable_shards]
+    assert len(set(pointers)) == len(pointers)  # all of it is donated to the first update
+    with pytest.raises(UserError, match="has 2 seeds, it must have 1 or as many as the new run, 3"):
+        finished.start_from(run_dir, fresh, 3)
+
+
+def test_one_agent_can_start_many(run, run_dir, tmp_path):
+    """Seeds of the new run all begin with the parameters of the only seed of the other."""
+    stored = json.loads((run_dir / "config.json").read_text())
+    stored["config"]["num_seeds"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    first = jax.tree.map(lambda x: x[:1], run.train)
+    checkpoints.save(tmp_path / "checkpoints", 1, RunState(first, (), (), (), ()))
+    began = finished.start_from(tmp_path, run.train, 2)
+    for index in range(2):
+        assert_same(one_seed(began.params, index), one_seed(run.train.params, 0))
+
+
+def test_measured_prediction(run):
+    """Numbers for every entry and seed, worse for a horizon than for a step; kept through JSON."""
+    found = prediction.measure(run)
+    horizon = found["horizon"]
+    assert horizon == prediction.HORIZON and {"orientation", "velocity"} <= set(found["error"])
+    for error in found["error"].values():
+        assert error.shape == (2, horizon)
+    assert np.isfinite(found["error"]["velocity"]).all()
+    assert found["unchanged"]["velocity"][:, 0].max() < found["unchanged"]["velocity"].max()
+    assert found["example"]["truth"]["orientation"].shape == (horizon, 2)
+
+
+def test_command(run_dir, tmp_path, capsys):
+    """All seeds and episodes, as table and JSON; a video is skipped in a sentence where nothing renders."""
+    out = tmp_path / "result.json"
+    script("evaluate")([str(run_dir), "--json", str(out), "--video", str(tmp_path / "a.mp4")])
+    summary, result = json.loads((run_dir / "summary.json").read_text()), json.loads(out.read_text())
+    assert result["episodes"] == summary["eval_return"]["episodes"] and result["seeds"] == [5, 6]
+    assert result["iqm"] == pytest.approx(summary["eval_return"]["iqm"])
+    printed = capsys.readouterr().out
+    assert "seed 6" in printed and "render" in printed and not (tmp_path / "a.mp4").exists()
