@@ -19,7 +19,16 @@ import world_models
 from mbrl import envs
 from mbrl.agents import dreamer
 from mbrl.agents.dreamer import DreamerConfig
-from mbrl.config import choose, config_type, differences, early_flags, load_factory, override, run_main
+from mbrl.config import (
+    check_config,
+    choose,
+    config_type,
+    differences,
+    early_flags,
+    load_factory,
+    override,
+    run_main,
+)
 from mbrl.drivers import Source
 from mbrl.errors import UserError, check_at_least
 from mbrl.latent_model import LatentConfig
@@ -82,13 +91,13 @@ def default_config(preset: str, world_model: str) -> Config:
 
 def parse(argv: Sequence[str]) -> Config:
     """Preset, then the stored config of a resumed run, then flags."""
-    early = early_flags(argv, preset="", world_model="rssm", num_seeds=1, run_dir="", resume=False)
+    early = early_flags(argv, preset=None, world_model="rssm", num_seeds=1, run_dir="", resume=False)
     use_cpu_devices(max(1, early.num_seeds))
     if early.resume:
         if not early.run_dir:
             raise UserError("--resume needs --run-dir: the folder of the run to continue")
         return resumed_config(argv, early.run_dir)
-    if not early.preset:
+    if early.preset is None:
         cpu = jax.default_backend() == "cpu"
         early.preset = "s" if cpu else "size12m"
         device = "this machine has no accelerator" if cpu else f"found {jax.devices()[0].device_kind}"
@@ -125,6 +134,7 @@ def make_source(config: Config) -> Source:
 
 def main(argv: Sequence[str]) -> None:
     config = parse(argv)
+    check_config(config)
     if config.debug:
         use_debugging(config.num_seeds)
     make_model = load_factory("--world-model", config.world_model, world_models.REGISTRY)

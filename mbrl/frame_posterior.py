@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from mbrl.distributions import OneHot, one_hot
+from mbrl.errors import check_at_least, check_between
 from mbrl.latent_model import LatentConfig
-from mbrl.networks import MLP, Dense, Linear
+from mbrl.networks import MAX_LAYERS, MLP, Dense, Linear
 from mbrl.types import Array
 
 
@@ -30,6 +31,15 @@ class FrameConfig(LatentConfig):
     """Hidden layers of the prior p(z|h)."""
     post_layers: int = 1
     """Hidden layers of the posterior q(z|x)."""
+
+
+def check(config: FrameConfig) -> None:
+    """UserError for impossible sizes."""
+    for field in ("width", "hidden"):
+        check_at_least(f"model.{field}", getattr(config, field), 1)
+    check_between("model.layers", config.layers, 1, MAX_LAYERS)
+    for field in ("prior_layers", "post_layers"):
+        check_between(f"model.{field}", getattr(config, field), 0, MAX_LAYERS)
 
 
 class FrameLatent(nn.Module):

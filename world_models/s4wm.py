@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mbrl import latent_model
-from mbrl.errors import UserError, check_at_least
+from mbrl import frame_posterior, latent_model
+from mbrl.errors import UserError, check_at_least, check_between
 from mbrl.frame_posterior import FrameConfig, FrameLatent, clear, flat, previous, sample
 from mbrl.latent_model import Backbone
 from mbrl.networks import Linear, RMSNorm, apply
@@ -245,7 +245,8 @@ def make_r2i(config: R2IConfig, spec: EnvSpec) -> WorldModel:
 
 def check(config: S4WMConfig) -> None:
     """UserError for impossible values."""
-    for field in ("width", "hidden", "layers", "ssm_size", "ssm_blocks"):
+    frame_posterior.check(config)
+    for field in ("ssm_size", "ssm_blocks"):
         check_at_least(f"model.{field}", getattr(config, field), 1)
     for field in ("deter", "ssm_lr_scale"):
         check_at_least(f"model.{field}", getattr(config, field), 0)
@@ -254,6 +255,9 @@ def check(config: S4WMConfig) -> None:
             f"model.ssm_size is {config.ssm_size}, it must be a multiple of model.ssm_blocks, "
             f"which is {config.ssm_blocks}"
         )
+    # A block starts as the eigenvectors of a dense matrix.
+    check_between("model.ssm_size / model.ssm_blocks", config.ssm_size // config.ssm_blocks, 1, 512)
+    check_between("model.ssm_blocks", config.ssm_blocks, 1, 1024)
     if not 0 < config.dt_min <= config.dt_max:
         raise UserError(
             f"model.dt_min is {config.dt_min}, it must be positive and at most model.dt_max, "
