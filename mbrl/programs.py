@@ -315,8 +315,10 @@ def example_row(agent: Agent, spec: EnvSpec, num_envs: int) -> Transition:
     def observation(key):
         obs = {k: jnp.zeros((num_envs, *s.shape), s.dtype) for k, s in spec.obs.items()}
         flag, number = jnp.zeros(num_envs, bool), jnp.zeros(num_envs)
-        train = agent.init(key)
-        action, _, info = agent.act(train, agent.init_actor(train, num_envs), obs, flag, key, mode="train")
+        init_key, act_key = jax.random.split(key)
+        train = agent.init(init_key)
+        actor = agent.init_actor(train, num_envs)
+        action, _, info = agent.act(train, actor, obs, flag, act_key, mode="train")
         return Transition(obs, action, number, flag, flag, flag, info["latent"])
 
     shapes = jax.eval_shape(observation, jax.random.key(0))
