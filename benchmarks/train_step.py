@@ -52,15 +52,17 @@ def configs(preset: str) -> tuple[RSSMConfig, DreamerConfig, LoopConfig]:
     return model, agent, override(LoopConfig(), values["loop"])
 
 
-def median_seconds(function, repeats: int) -> float:
-    """Median wall time of ``function``, which must wait for its own result, after one call to warm up."""
+def wall_seconds(function) -> float:
+    """Wall time of ``function``, which must wait for its own result."""
+    began = time.perf_counter()
     function()
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    return time.perf_counter() - began
+
+
+def median_seconds(function, repeats: int) -> float:
+    """Median wall time of ``function`` after one call to warm up."""
+    function()
+    return statistics.median(wall_seconds(function) for _ in range(repeats))
 
 
 def matmul_rate(size: int = 2048, repeats: int = 9) -> float:

@@ -25,8 +25,6 @@ class FrameConfig(LatentConfig):
     """Width of the residual stream (d_model)."""
     hidden: int = 512
     """Width of the hidden layers of prior and posterior."""
-    layers: int = 4
-    """Layers of the stack."""
     prior_layers: int = 2
     """Hidden layers of the prior p(z|h)."""
     post_layers: int = 1
@@ -37,7 +35,6 @@ def check(config: FrameConfig) -> None:
     """UserError for impossible sizes."""
     for field in ("width", "hidden"):
         check_at_least(f"model.{field}", getattr(config, field), 1)
-    check_between("model.layers", config.layers, 1, MAX_LAYERS)
     for field in ("prior_layers", "post_layers"):
         check_between(f"model.{field}", getattr(config, field), 0, MAX_LAYERS)
 

@@ -12,6 +12,12 @@ from typing import Any
 Preset = dict[str, dict[str, Any]]
 
 
+def _attention(fields: dict[str, Any]) -> Preset:
+    """The transformers, whose memory is too large to store with every step."""
+    names = ("transformer", "storm", "transdreamer")
+    return dict.fromkeys(names, fields) | {f"agent/{name}": {"replay_context": False} for name in names}
+
+
 def _published(deter: int, hidden: int, classes: int) -> Preset:
     """DreamerV3 size presets (danijar/dreamerv3 configs.yaml); 32 latents and 8 blocks at every size. The
     loop is the one that made the published DMC curves: action repeat 2, train ratio 512."""
@@ -20,8 +26,8 @@ def _published(deter: int, hidden: int, classes: int) -> Preset:
         "rssm": {"deter": deter, "hidden": hidden, "blocks": 8},
         "s4wm": {"width": hidden, "hidden": hidden},
         "r2i": {"width": hidden, "hidden": hidden, "deter": deter},
-        "transformer": {"width": hidden, "hidden": hidden, "heads": max(4, hidden // 64)},
-        "agent/transformer": {"replay_context": False},
+        "koopman": {"width": hidden, "hidden": hidden, "modes": 2 * hidden},
+        **_attention({"width": hidden, "hidden": hidden, "heads": max(4, hidden // 64)}),
         "agent": {"units": hidden},
         "optimiser": {},
         "loop": {},
@@ -31,7 +37,8 @@ def _published(deter: int, hidden: int, classes: int) -> Preset:
 def _small(deter: int, stoch: int, classes: int, layers: int) -> Preset:
     """For CPU cores: narrow and unblocked, a few random starts instead of all, the actor's gradient through
     the dynamics, Adam with a decaying learning rate. docs/results.md has the measurements behind it."""
-    stack = {"width": deter, "hidden": deter, "layers": 2, "prior_layers": 1}
+    # Narrower than the GRU, because an MLP follows in every layer.
+    stack = {"width": 3 * deter // 4, "hidden": deter, "layers": 2, "prior_layers": 1}
     return {
         "model": {
             "stoch": stoch,
@@ -45,8 +52,8 @@ def _small(deter: int, stoch: int, classes: int, layers: int) -> Preset:
         "rssm": {"deter": deter, "hidden": deter, "blocks": 1, "prior_layers": 1},
         "s4wm": stack | {"ssm_size": deter // 2, "ssm_blocks": 4},
         "r2i": stack | {"ssm_size": deter // 2, "ssm_blocks": 4, "deter": deter},
-        "transformer": stack | {"heads": 4, "window": 16},
-        "agent/transformer": {"replay_context": False},
+        "koopman": {"width": deter, "hidden": deter, "modes": 2 * deter, "prior_layers": 1},
+        **_attention(stack | {"heads": 4, "window": 16}),
         "agent": {
             "units": deter,
             "actor_layers": layers,

@@ -6,7 +6,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Complex
+from jaxtyping import Array, Bool, Complex, Float
 
 ScanImpl = Literal["auto", "associative", "sequential"]
 
@@ -46,3 +46,13 @@ def linear_recurrence(
 def _compose(early, late):
     """First ``early``, then ``late``, each the affine map s -> a s + b."""
     return late[0] * early[0], late[0] * early[1] + late[1]
+
+
+def from_planes(planes: Float[Array, "*batch 2 P"]) -> Complex[Array, "*batch P"]:
+    """Real and imaginary parts, as a state is carried and stored, as complex numbers."""
+    return jax.lax.complex(planes[..., 0, :], planes[..., 1, :])
+
+
+def to_planes(x: Complex[Array, "*batch P"]) -> Float[Array, "*batch 2 P"]:
+    """Inverse of `from_planes`."""
+    return jnp.stack([x.real, x.imag], -2)

@@ -5,4 +5,7 @@ REGISTRY = {
     "s4wm": "world_models.s4wm:make",
     "r2i": "world_models.s4wm:make_r2i",
     "transformer": "world_models.transformer:make",
+    "storm": "world_models.transformer:make_storm",
+    "transdreamer": "world_models.transformer:make_transdreamer",
+    "koopman": "world_models.koopman:make",
 }

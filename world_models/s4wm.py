@@ -20,8 +20,8 @@ from mbrl import frame_posterior, latent_model
 from mbrl.errors import UserError, check_at_least, check_between
 from mbrl.frame_posterior import FrameConfig, FrameLatent, clear, flat, previous, sample
 from mbrl.latent_model import Backbone
-from mbrl.networks import Linear, RMSNorm, apply
-from mbrl.recurrence import ScanImpl, linear_recurrence
+from mbrl.networks import MAX_LAYERS, Linear, RMSNorm, apply
+from mbrl.recurrence import ScanImpl, from_planes, linear_recurrence, to_planes
 from mbrl.types import Array, EnvSpec, Starts, WorldModel
 
 
@@ -29,6 +29,8 @@ from mbrl.types import Array, EnvSpec, Starts, WorldModel
 class S4WMConfig(FrameConfig):
     """Sizes of the state-space world model."""
 
+    layers: int = 4
+    """Layers of the stack."""
     ssm_size: int = 128
     """Complex entries of each layer's state (P), one of each conjugate pair; a multiple of ssm_blocks."""
     ssm_blocks: int = 8
@@ -135,7 +137,7 @@ class S5(nn.Module):
         rate = jax.lax.complex(-jnp.exp(self.rate_log), self.rate_imag)
         decay, gain = discretise(rate, jnp.exp(self.step_log), self.config.discretise)
         u = u.astype(jnp.float32)
-        reset = _complex(self.reset) if self.config.learned_reset else jnp.zeros_like(decay)
+        reset = from_planes(self.reset) if self.config.learned_reset else jnp.zeros_like(decay)
         return decay, gain * jax.lax.complex(u @ self.B[0].T, u @ self.B[1].T), reset
 
     def read(self, state: Array, u: Array) -> Array:
@@ -187,10 +189,10 @@ class S4WM(nn.Module):
         states = []
         for i, block in enumerate(self.blocks):
             u, (decay, drive, reset) = block.before(x)
-            initial = _complex(ssm[..., i, :, :])
+            initial = from_planes(ssm[..., i, :, :])
             state = linear_recurrence(decay, drive, is_first, initial, reset, self.config.scan_impl)
             x = block.after(x, u, state)
-            states.append(_planes(state))
+            states.append(to_planes(state))
         return self.finish(x), jnp.stack(states, -3)
 
     def step(self, ssm: Array, x: Array, is_first: Array | None = None) -> tuple[Array, Array]:
@@ -198,12 +200,12 @@ class S4WM(nn.Module):
         states = []
         for i, block in enumerate(self.blocks):
             u, (decay, drive, reset) = block.before(x)
-            state = _complex(ssm[..., i, :, :])
+            state = from_planes(ssm[..., i, :, :])
             if is_first is not None:
                 state = jnp.where(is_first[..., None], reset, state)
             state = decay * state + drive
             x = block.after(x, u, state)
-            states.append(_planes(state))
+            states.append(to_planes(state))
         return self.finish(x), jnp.stack(states, -3)
 
     def finish(self, x: Array) -> Array:
@@ -225,14 +227,6 @@ class S4WM(nn.Module):
         return self.prior(deter), self.posterior(token)
 
 
-def _complex(planes: Array) -> Array:
-    return jax.lax.complex(planes[..., 0, :], planes[..., 1, :])
-
-
-def _planes(x: Array) -> Array:
-    return jnp.stack([x.real, x.imag], -2)
-
-
 def make(config: S4WMConfig, spec: EnvSpec) -> WorldModel:
     """State-space world model for the observations and actions of ``spec``."""
     return latent_model.make(config, spec, backbone(config, spec.action.size))
@@ -246,6 +240,7 @@ def make_r2i(config: R2IConfig, spec: EnvSpec) -> WorldModel:
 def check(config: S4WMConfig) -> None:
     """UserError for impossible values."""
     frame_posterior.check(config)
+    check_between("model.layers", config.layers, 1, MAX_LAYERS)
     for field in ("ssm_size", "ssm_blocks"):
         check_at_least(f"model.{field}", getattr(config, field), 1)
     for field in ("deter", "ssm_lr_scale"):

@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from mbrl import frame_posterior, latent_model
-from mbrl.errors import UserError, check_at_least
+from mbrl.errors import UserError, check_at_least, check_between
 from mbrl.frame_posterior import FrameConfig, FrameLatent, clear, flat, previous, sample
 from mbrl.latent_model import Backbone
-from mbrl.networks import Linear, RMSNorm, apply
+from mbrl.networks import MAX_LAYERS, Linear, RMSNorm, apply
 from mbrl.types import Array, EnvSpec, Starts, State, WorldModel
 
 
@@ -30,6 +30,8 @@ from mbrl.types import Array, EnvSpec, Starts, State, WorldModel
 class TransformerConfig(FrameConfig):
     """Sizes of the transformer."""
 
+    layers: int = 4
+    """Layers of the stack."""
     heads: int = 8
     """Attention heads; width / heads must be even."""
     window: int = 64
@@ -38,6 +40,27 @@ class TransformerConfig(FrameConfig):
     """Width of the MLP's hidden layer as a multiple of width."""
     concat_layers: bool = False
     """Whether h is the outputs of all layers (TransDreamer), else that of the last one."""
+
+
+@dataclass(frozen=True)
+class StormConfig(TransformerConfig):
+    """Like STORM (arXiv 2310.09615): its size. Norm and positions are ours."""
+
+    layers: int = 2
+    heads: int = 8
+    window: int = 64
+
+
+@dataclass(frozen=True)
+class TransDreamerConfig(TransformerConfig):
+    """Like TransDreamer (arXiv 2202.09481): deep and narrow, h from all layers, a window of its sequences'
+    length. Positions are ours."""
+
+    layers: int = 6
+    heads: int = 8
+    window: int = 50
+    mlp_factor: int = 2
+    concat_layers: bool = True
 
 
 class KeyValue(NamedTuple):
@@ -238,6 +261,16 @@ def make(config: TransformerConfig, spec: EnvSpec) -> WorldModel:
     return latent_model.make(config, spec, backbone(config, spec.action.size))
 
 
+def make_storm(config: StormConfig, spec: EnvSpec) -> WorldModel:
+    """The same with settings like STORM's as defaults."""
+    return make(config, spec)
+
+
+def make_transdreamer(config: TransDreamerConfig, spec: EnvSpec) -> WorldModel:
+    """The same with settings like TransDreamer's as defaults."""
+    return make(config, spec)
+
+
 def backbone(config: TransformerConfig, action_size: int) -> Backbone:
     """The memory alone, on encoded observations.
 
@@ -248,6 +281,7 @@ def backbone(config: TransformerConfig, action_size: int) -> Backbone:
     steps imagined [...], and per layer their keys and values [..., H, heads, size].
     """
     frame_posterior.check(config)
+    check_between("model.layers", config.layers, 1, MAX_LAYERS)
     for field in ("heads", "window", "mlp_factor"):
         check_at_least(f"model.{field}", getattr(config, field), 1)
     if config.width % (2 * config.heads):
@@ -341,17 +375,19 @@ def backbone(config: TransformerConfig, action_size: int) -> Backbone:
 
     @partial(jax.checkpoint, prevent_cse=False)  # a pathwise gradient keeps no gathered rows nor weights
     def imagine_step(params, ctx, state, action, key):
-        """Attends to the rows of ctx up to the start's own, and to the steps imagined since."""
+        """Attends to the rows of ctx up to the start's own, and to the steps imagined since. All starts have
+        imagined equally many, so that a step writes one slice of the suffix, in place."""
         x = call(params, "inputs", state["stoch"], action)
         past = Past.of(ctx, state, window)
         i, offset = state["imagined"], jnp.arange(state["suffix"][0].key.shape[-3])
-        now = (offset == i[..., None])[..., None, None]
+        now = i.reshape(-1)[0]
         since = past.queries((offset <= i[..., None]) & (offset > i[..., None] - window))
 
         def attend(layer, query, new):
-            suffix = jax.tree.map(
-                lambda old, x: jnp.where(now, x[..., None, :, :], old), state["suffix"][layer], new
+            write = lambda old, x: jax.lax.dynamic_update_slice_in_dim(
+                old, x[..., None, :, :], now, old.ndim - 3
             )
+            suffix = jax.tree.map(write, state["suffix"][layer], new)
             prefix = jax.tree.map(past.rows, ctx.memory[layer])
             own = jax.tree.map(past.queries, suffix)
             sources = ("bnrhd", prefix, past.seen), ("ncbrhd", own, since)

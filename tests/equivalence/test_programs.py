@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from fractions import Fraction
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from mbrl.errors import UserError
 from mbrl.programs import LoopConfig, all_finite, make_clock
 from mbrl.seeds import Seeds
 from mbrl.types import Agent, ArraySpec, EnvSpec, JaxEnv, TimeStep
-from tests.helpers import as_numpy, on_one_device, tiny_run
+from tests.helpers import as_numpy, tiny_run
 
 LENGTH, E = 5, 3
 SPEC = EnvSpec(
@@ -84,19 +85,26 @@ class EchoHost:
 # Collectors ------------------------------------------------------------------------------------------------
 
 
+class ScriptedActor(NamedTuple):
+    """How often each environment's policy was called, and its last action."""
+
+    calls: jax.Array
+    action: jax.Array
+
+
 def scripted_agent() -> Agent:
     """Actions are a fixed function of how often the policy was called and of what it was shown, so that both
     collectors must ask the same questions to get the same rows."""
 
     def act(train, actor, obs, is_first, key, mode):
-        calls = actor["calls"] + 1
+        calls = actor.calls + 1
         phase = calls.astype(jnp.float32) + 10 * jnp.arange(calls.shape[0])
         seen = obs["echo"].sum(-1) + obs["step"] + 0.5 * is_first
         action = jnp.stack([jnp.sin(phase), jnp.cos(phase + seen)], -1)
-        return action, {"calls": calls, "action": action}, {"latent": {"calls": calls}}
+        return action, ScriptedActor(calls, action), {"latent": {"calls": calls}}
 
     def init_actor(train, batch):
-        return {"calls": jnp.zeros(batch, jnp.int32), "action": jnp.zeros((batch, 2))}
+        return ScriptedActor(jnp.zeros(batch, jnp.int32), jnp.zeros((batch, 2)))
 
     return Agent(lambda key: (), init_actor, act, lambda *args: pytest.fail("collectors do not learn"))
 
@@ -185,14 +193,12 @@ def test_rows(where, device_rows, host_rows):
 
 def test_exploring_rows_hold_the_actions_taken():
     """Uniform actions replace the policy's in the row, in the environment and in the policy's own memory."""
-    env = echo_env()
-    agent = tiny_run(Source(SPEC, env), on_one_device(0)).agent
-    train = agent.init(jax.random.key(0))
+    env, agent = echo_env(), scripted_agent()
     collect = jax.jit(
-        lambda actor, carry, key: collect_device(env, agent, train, actor, carry, key, 40, explore=True)
+        lambda actor, carry, key: collect_device(env, agent, (), actor, carry, key, 40, explore=True)
     )
     actor, carry, rows, _ = collect(
-        agent.init_actor(train, E), init_device(env, E, jax.random.key(0)), jax.random.key(1)
+        agent.init_actor((), E), init_device(env, E, jax.random.key(0)), jax.random.key(1)
     )
     rows, actions = as_numpy(rows), np.asarray(rows.action)[~np.asarray(rows.is_first)]
     np.testing.assert_array_equal(rows.obs["echo"], rows.action)

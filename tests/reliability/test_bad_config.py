@@ -17,16 +17,18 @@ from typing import NamedTuple
 import jax
 import pytest
 
+import world_models
 from mbrl.config import check_config, override
 from mbrl.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "experiments" / "dreamer_dmc.py"
-MODELS = ["rssm", "s4wm", "r2i", "transformer"]
+MODELS = list(world_models.REGISTRY)
 ZERO_IS_FINE = {
     *("seed", "loop.collect_steps", "loop.prefill", "loop.eval_every", "loop.checkpoint_every"),
     *("model.unimix", "model.free_nats", "model.discount", "model.dyn_layers", "model.prior_layers"),
     *("model.post_layers", "model.deter of s4wm", "model.deter of r2i", "model.ssm_lr_scale"),
+    *("model.phase_max", "model.spectrum_lr_scale"),
     *("agent.imag_last", "agent.imag_starts", "agent.lam", "agent.min_std", "agent.noise_correlation"),
     *("agent.entropy", "agent.scale_rec", "agent.scale_reward", "agent.scale_cont", "agent.scale_dyn"),
     *("agent.scale_rep", "agent.scale_replay_value", "agent.slow_rate", "agent.slow_scale"),
@@ -49,7 +51,7 @@ TOO_LARGE = {  # what would trace, allocate or run for ever; everything else is 
 }
 TOO_MUCH_MEMORY = {  # the plan names the largest part of the memory instead of the field
     *("model.stoch", "model.classes", "model.units", "model.deter", "model.hidden", "model.width"),
-    *("model.window", "model.mlp_factor", "agent.units"),
+    *("model.window", "model.mlp_factor", "model.modes", "agent.units"),
 }
 # Combinations and names; the words are those that the message must hold.
 OTHERS = [
