@@ -12,7 +12,7 @@ PYTHONS  := $(or $(PYTHON),python3.11 python3.12 python3 python3.13 python)
 SUITABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dreamer tdmpc test learn lint bench clean
+.PHONY: help setup dreamer tdmpc test learn trust chaos soak mutations lint bench clean
 
 help:  ## this list
 	@echo "make TARGET [ARGS='...'] [PYTHON=python3.11] [WORKERS=2]"
@@ -48,6 +48,18 @@ test: setup  ## the fast tests, on WORKERS processes; ARGS="tests/unit -k replay
 
 learn: setup  ## the slow tests, which train agents for minutes each
 	$(BIN)/python -m pytest -m learning --durations 0 $(ARGS)
+
+trust: setup  ## the longer checks of reliability: determinism, exact resume of every model
+	$(BIN)/python -m pytest -m slow --durations 0 $(ARGS)
+
+chaos: setup  ## kill a run with SIGKILL again and again; ARGS="--kills 25"
+	$(BIN)/python tests/chaos.py $(ARGS)
+
+soak: setup  ## train for ARGS="--minutes 60" and print memory, open files, step time
+	$(BIN)/python tests/soak.py $(ARGS)
+
+mutations: setup  ## seeded bugs that the fast tests must catch
+	$(BIN)/python tests/mutations.py $(ARGS)
 
 lint: setup  ## ruff (rules and format) and pyright
 	$(BIN)/ruff check .

@@ -23,9 +23,9 @@ from mbrl import envs, plots, probing
 from mbrl.agents import dreamer
 from mbrl.agents.dreamer import DreamerConfig
 from mbrl.config import choose, config_type, early_flags, load_factory, override, run_main
-from mbrl.drivers import Source
+from mbrl.drivers import Source, make_source
 from mbrl.errors import UserError
-from mbrl.experiment import default_folder, launch, make_source
+from mbrl.experiment import default_folder, launch
 from mbrl.latent_model import LatentConfig
 from mbrl.logger import Logger
 from mbrl.presets import MEMORY as PRESET

@@ -27,7 +27,7 @@ import numpy as np
 from mbrl.errors import UserError
 from mbrl.run_folder import jsonable, sync_directory, write_atomic
 
-SCHEMA = 1
+SCHEMA = 2  # 2: episodes between two rows of metrics
 MANIFEST = "manifest.json"
 
 
@@ -152,8 +152,11 @@ def _read(directory: Path, body: dict[str, Any], like: Any, part: str) -> Restor
     _check_same(directory, stored, [_describe(part + path, leaf) for path, leaf in wanted])
     arrays = _read_arrays(directory / "state", numbers, [_target(leaf) for _, leaf in wanted])
     leaves = [_typed(array, leaf) for array, (_, leaf) in zip(arrays, wanted, strict=True)]
-    with np.load(directory / "extra.npz", allow_pickle=False) as file:
-        extra = {name[1:]: file[name] for name in file.files}
+    try:
+        with np.load(directory / "extra.npz", allow_pickle=False) as file:
+            extra = {name[1:]: file[name] for name in file.files}
+    except ValueError:  # its bytes are what the manifest says, so it was written so
+        raise UserError(f"{directory / 'extra.npz'} holds Python objects, which are never loaded") from None
     state = jax.tree.unflatten(jax.tree.structure(like), leaves)
     return Restored(body["step"], state, extra, body["meta"])
 
@@ -244,6 +247,8 @@ def _write_arrays(path: Path, leaves: list[Any]) -> None:
     item = {f"{i:05d}": leaf for i, leaf in enumerate(leaves) if np.size(leaf)}
     with _checkpointer() as (ocp, checkpointer):
         checkpointer.save(path, args=ocp.args.PyTreeSave(item))
+    # Orbax notes the absolute path in it, and run folders are moved and shared.
+    (path / "commit_success.txt").write_text("")
 
 
 def _read_arrays(path: Path, numbers: list[int], targets: list[jax.ShapeDtypeStruct]) -> list[jax.Array]:

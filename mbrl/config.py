@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from mbrl.errors import UserError, exit_with
+from mbrl.interruption import Interrupted
 
 T = TypeVar("T")
 
@@ -58,6 +59,43 @@ def override(config: T, values: Mapping[str, Any]) -> T:
     return dataclasses.replace(config, **changes)  # type: ignore[type-var]
 
 
+INT_MAX = 2**31 - 1  # devices count in int32
+FLOAT_MIN, FLOAT_MAX = 1.2e-38, 3.4e38  # what float32 tells from 0 and from infinity
+ALLOWED = {
+    bool: "True or False",
+    int: f"a whole number between 0 and {INT_MAX}",
+    float: f"0, or a number between {FLOAT_MIN} and {FLOAT_MAX}",
+    str: "a text",
+}
+
+
+def check_config(config: Any, prefix: str = "") -> None:
+    """UserError for the first field, nested ones included, whose value is not of its annotated type.
+
+    Every number must be finite and not negative, as no setting means anything below zero, and fit into 32
+    bits. Narrower limits are checked where a field is used.
+    """
+    kinds = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, kind, name = getattr(config, field.name), kinds[field.name], prefix + field.name
+        if dataclasses.is_dataclass(value):
+            check_config(value, f"{name}.")
+        elif typing.get_origin(kind) is typing.Literal:
+            choose(name, str(value), typing.get_args(kind))
+        elif not _is_allowed(value, kind):
+            raise UserError(f"{name} is {value!r}, it must be {ALLOWED.get(kind, 'a table of settings')}")
+
+
+def _is_allowed(value: Any, kind: Any) -> bool:
+    if isinstance(value, bool) or kind in (bool, str):
+        return type(value) is kind
+    if kind is int:
+        return isinstance(value, int) and 0 <= value <= INT_MAX
+    if kind is float:
+        return isinstance(value, (int, float)) and (value == 0 or FLOAT_MIN <= value <= FLOAT_MAX)
+    return False
+
+
 def differences(before: Any, after: Any, prefix: str = "") -> list[str]:
     """Names of the fields in which two configs differ, nested ones with dots."""
     if type(before) is not type(after) or not dataclasses.is_dataclass(before):
@@ -87,11 +125,17 @@ def early_flags(argv: Sequence[str], **defaults: Any) -> argparse.Namespace:
 
 
 def run_main(main: Callable[[Sequence[str]], None]) -> None:
-    """Runs ``main(argv)``; what the user can mend ends in one sentence and exit code 2, not a traceback."""
+    """Runs ``main(argv)``; what the user can mend ends in one sentence and exit code 2, not a traceback.
+
+    A run that SIGTERM or Ctrl-C ended with a checkpoint exits with 143 or 130 (128 + signal).
+    """
     try:
         main(sys.argv[1:])
     except UserError as error:
         exit_with(error)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        raise SystemExit(stop.exit_code) from None
     except KeyboardInterrupt:
         print("interrupted: --resume continues from the run folder's newest checkpoint", file=sys.stderr)
         raise SystemExit(130) from None

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mbrl import checkpoints
+from mbrl.drivers import make_source
 from mbrl.errors import UserError
-from mbrl.finished import make_source
 from mbrl.run_folder import RunFolder, write_atomic, write_json
 from mbrl.types import ArraySpec, EnvSpec, Trajectory
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from mbrl.errors import UserError, check_above, check_between
 from mbrl.networks import symexp, symlog
 
 sg = jax.lax.stop_gradient
@@ -99,6 +100,15 @@ def twohot_bins(bins: int, limit: float) -> np.ndarray:
     half = np.linspace(-limit, 0, bins // 2 + 1, dtype=np.float32)
     half = np.sign(half) * np.expm1(np.abs(half))
     return np.concatenate([half, -half[:-1][::-1]]).astype(np.float32)
+
+
+def check_bins(part: str, bins: int, limit: float) -> None:
+    """UserError unless ``twohot_bins`` can make them: float32 overflows at symexp(88.7)."""
+    check_between(f"{part}.bins", bins, 3, 65_535)
+    if bins % 2 == 0:
+        raise UserError(f"{part}.bins is {bins}, it must be odd: as many bins below zero as above")
+    check_above(f"{part}.bin_limit", limit, 0)
+    check_between(f"{part}.bin_limit", limit, 0, 80)
 
 
 class TwoHot(NamedTuple):

@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mbrl import envs
 from mbrl.collect import HostCollector
 from mbrl.envs.pool import HostPool
+from mbrl.errors import UserError, check_at_least
 from mbrl.programs import Programs, RunState
 from mbrl.seeds import Seeds
 from mbrl.types import EnvSpec, HostEnv, JaxEnv
@@ -25,6 +27,19 @@ class Source(NamedTuple):
     spec: EnvSpec
     env: JaxEnv | None = None
     make_host: Callable[[int], HostEnv] = _no_host
+
+
+def make_source(task: str, action_repeat: int) -> Source:
+    """The environment of the task, on the device or on the host. UserError for unknown names."""
+    check_at_least("loop.action_repeat", action_repeat, 1)
+    try:
+        if envs.is_jax(task):
+            env = envs.make_jax(task)
+            return Source(env.spec, env)
+        spec = envs.make_host(task, 0, action_repeat).spec
+    except ValueError as error:
+        raise UserError(f"--task: {error}") from None
+    return Source(spec, make_host=lambda seed: envs.make_host(task, seed, action_repeat))
 
 
 class DeviceDriver:

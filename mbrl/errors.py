@@ -31,6 +31,12 @@ def check_at_least(field: str, value: float, least: float) -> None:
         raise UserError(f"{field} is {value}, it must be at least {least}")
 
 
+def check_above(field: str, value: float, bound: float) -> None:
+    """UserError unless ``value`` is a number above ``bound``."""
+    if not value > bound:
+        raise UserError(f"{field} is {value}, it must be above {bound}")
+
+
 def check_between(field: str, value: float, low: float, high: float) -> None:
     """UserError unless low <= value <= high."""
     if not low <= value <= high:

@@ -11,10 +11,9 @@ from typing import Any, TypeVar
 import jax
 import tyro
 
-from mbrl import envs
-from mbrl.config import differences, early_flags, override
-from mbrl.drivers import Source
-from mbrl.errors import UserError, check_at_least
+from mbrl.config import check_config, differences, early_flags, override
+from mbrl.drivers import make_source
+from mbrl.errors import UserError
 from mbrl.memory import check_memory
 from mbrl.programs import LoopConfig, make_clock
 from mbrl.run_folder import RunFolder
@@ -62,13 +61,13 @@ def parse(
     default(preset, **parts) -> config before flags. presets: their names. accelerator: the preset for one.
     parts: flags that decide which fields there are, by their default (world_model="rssm").
     """
-    early = early_flags(argv, preset="", num_seeds=1, run_dir="", resume=False, **parts)
+    early = early_flags(argv, preset=None, num_seeds=1, run_dir="", resume=False, **parts)
     use_cpu_devices(max(1, early.num_seeds))
     if early.resume:
         if not early.run_dir:
             raise UserError("--resume needs --run-dir: the folder of the run to continue")
         return resumed(argv, default, early.run_dir, parts)
-    if not early.preset:
+    if early.preset is None:
         cpu = jax.default_backend() == "cpu"
         early.preset = "s" if cpu else accelerator
         device = "this machine has no accelerator" if cpu else f"found {jax.devices()[0].device_kind}"
@@ -92,19 +91,6 @@ def resumed(argv: Sequence[str], default: Callable[..., C], run_dir: str, parts:
     return config
 
 
-def make_source(task: str, action_repeat: int) -> Source:
-    """The environment of the task, on the device or on the host. UserError for unknown names."""
-    check_at_least("loop.action_repeat", action_repeat, 1)
-    try:
-        if envs.is_jax(task):
-            env = envs.make_jax(task)
-            return Source(env.spec, env)
-        spec = envs.make_host(task, 0, action_repeat).spec
-    except ValueError as error:
-        raise UserError(f"--task: {error}") from None
-    return Source(spec, make_host=lambda seed: envs.make_host(task, seed, action_repeat))
-
-
 def default_folder(*parts: str) -> str:
     """A new run folder under runs/, named by the time and ``parts``."""
     return f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{'-'.join(parts).replace(':', '_')}"
@@ -118,6 +104,7 @@ def execute(
     make_agent(config, spec, total updates). extra_rows: rows of a sampled sequence beside the
     ``loop.batch_length`` that are trained. name: of the agent, for titles.
     """
+    check_config(config)
     if config.debug:
         use_debugging(config.num_seeds)
     source = make_source(config.task, config.loop.action_repeat)

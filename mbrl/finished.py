@@ -14,9 +14,8 @@ import numpy as np
 
 from mbrl import checkpoints, evaluation, video
 from mbrl.config import choose, config_type, load_factory, override, resolve
-from mbrl.drivers import Source, make_pool
+from mbrl.drivers import Source, make_pool, make_source
 from mbrl.errors import UserError, check_at_least
-from mbrl.experiment import make_source
 from mbrl.imagination import rollout
 from mbrl.programs import EVALUATE, LoopConfig, stream
 from mbrl.run_folder import RunFolder

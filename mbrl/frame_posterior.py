@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from mbrl.distributions import OneHot, one_hot
+from mbrl.errors import check_at_least, check_between
 from mbrl.latent_model import LatentConfig
-from mbrl.networks import MLP, Dense, Linear
+from mbrl.networks import MAX_LAYERS, MLP, Dense, Linear
 from mbrl.types import Array
 
 
@@ -28,6 +29,14 @@ class FrameConfig(LatentConfig):
     """Hidden layers of the prior p(z|h)."""
     post_layers: int = 1
     """Hidden layers of the posterior q(z|x)."""
+
+
+def check(config: FrameConfig) -> None:
+    """UserError for impossible sizes."""
+    for field in ("width", "hidden"):
+        check_at_least(f"model.{field}", getattr(config, field), 1)
+    for field in ("prior_layers", "post_layers"):
+        check_between(f"model.{field}", getattr(config, field), 0, MAX_LAYERS)
 
 
 class FrameLatent(nn.Module):

@@ -13,10 +13,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mbrl.distributions import Bernoulli, OneHot, SymlogMSE, one_hot, two_hot
-from mbrl.errors import UserError, check_at_least, check_between
+from mbrl.distributions import Bernoulli, OneHot, SymlogMSE, check_bins, one_hot, two_hot
+from mbrl.errors import check_at_least, check_between
 from mbrl.losses import kl_losses
-from mbrl.networks import MLP, Linear, apply, flatten_obs
+from mbrl.networks import MAX_LAYERS, MLP, Linear, apply, flatten_obs
 from mbrl.types import Array, EnvSpec, Observed, Prediction, Starts, Trajectory, WorldModel, whole
 
 
@@ -94,12 +94,13 @@ class Decoder(nn.Module):
 
 def make(config: LatentConfig, spec: EnvSpec, backbone: Backbone) -> WorldModel:
     """World model of ``backbone`` for the observations of ``spec`` (DreamerV3 section "World model")."""
-    for field in ("stoch", "classes", "units", "encoder_layers", "decoder_layers", "head_layers"):
+    for field in ("stoch", "classes", "units"):
         check_at_least(f"model.{field}", getattr(config, field), 1)
+    for field in ("encoder_layers", "decoder_layers", "head_layers"):
+        check_between(f"model.{field}", getattr(config, field), 1, MAX_LAYERS)
     check_between("model.unimix", config.unimix, 0, 1)
     check_between("model.discount", config.discount, 0, 1)
-    if config.bins < 3 or config.bins % 2 == 0:
-        raise UserError(f"model.bins is {config.bins}, it must be odd and at least 3")
+    check_bins("model", config.bins, config.bin_limit)
     dtype = jnp.dtype(config.dtype)
     obs_size = sum(s.size * (s.classes or 1) for s in spec.obs.values())
     sizes = tuple((k, s.size * (s.classes or 1)) for k, s in sorted(spec.obs.items()))

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Shaped
 from mbrl.types import ArraySpec
 
 # Standard deviation of a unit normal truncated to [-2, 2]; dividing by it restores unit variance.
+MAX_LAYERS = 100  # compile time grows with the layers: a slip of the finger must not trace for hours
 TRUNCATED_STD = 0.87962566
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mbrl.errors import check_at_least, check_between
+from mbrl.errors import check_above, check_at_least, check_between
 
 PyTree = Any
 
@@ -86,8 +86,9 @@ def make(
     check_between("optimiser.final_fraction", config.final_fraction, 0, 1)
     check_between("optimiser.decay_start", config.decay_start, 0, 1)
     for field in ("beta1", "beta2"):
-        check_between(f"optimiser.{field}", getattr(config, field), 0, 1)
-    for field in ("warmup", "agc", "clip_norm", "eps", "weight_decay"):
+        check_between(f"optimiser.{field}", getattr(config, field), 0, 0.999999)  # 1 forgets nothing: 0 / 0
+    check_above("optimiser.eps", config.eps, 0)
+    for field in ("warmup", "agc", "clip_norm", "weight_decay"):
         check_at_least(f"optimiser.{field}", getattr(config, field), 0)
     parts = []
     if config.agc:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mbrl.collect import collect_device, init_device, random_action
-from mbrl.errors import UserError, check_at_least
+from mbrl.errors import UserError, check_at_least, check_between
 from mbrl.replay import Replay, ReplayState
 from mbrl.seeds import Seeds
 from mbrl.types import Agent, Array, EnvSpec, JaxEnv, PyTree, Transition
@@ -25,6 +25,7 @@ from mbrl.types import Agent, Array, EnvSpec, JaxEnv, PyTree, Transition
 # Every random stream of a run is fold_in(fold_in(seed key, stream), clock): nothing random needs saving,
 # and a new consumer does not shift the others.
 INIT, ENVS, ACT, UPDATE, EVALUATE, PRETRAIN = range(6)
+DIAGNOSE = 100  # far from the streams of a run
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,9 @@ def make_clock(config: LoopConfig, steps: int, length: int) -> Clock:
     sequence, or the run ends before it learns.
     """
     check_at_least("steps", steps, 1)
-    for field in ("num_envs", "action_repeat", "batch_size", "chunk", "log_every", "eval_episodes"):
+    for field in ("num_envs", "action_repeat", "batch_size", "chunk", "log_every"):
         check_at_least(f"loop.{field}", getattr(config, field), 1)
+    check_between("loop.eval_episodes", config.eval_episodes, 1, 10_000)
     check_at_least("loop.batch_length", config.batch_length, 2)
     check_at_least("loop.freeze_after", config.freeze_after, 1)
     for field in ("prefill", "pretrain", "collect_steps", "eval_every", "checkpoint_every"):
@@ -116,7 +118,8 @@ def make_clock(config: LoopConfig, steps: int, length: int) -> Clock:
     rows = config.collect_steps or fewest
     if fewest > 100_000:
         raise UserError(
-            f"loop.train_ratio {config.train_ratio:g} needs {fewest} steps of every environment for a whole "
+            f"loop.train_ratio {config.train_ratio:g} with loop.batch_size {config.batch_size} and "
+            f"loop.batch_length {config.batch_length} needs {fewest} steps of every environment for a whole "
             f"number of updates, at most 100000 are allowed: choose a ratio that is a simple fraction of "
             f"{per_update} / {config.num_envs}"
         )
@@ -138,7 +141,8 @@ def make_clock(config: LoopConfig, steps: int, length: int) -> Clock:
     if total <= prefill:
         raise UserError(
             f"steps is {steps} frames, but the first {prefill * frames} only fill replay: "
-            f"use more than {prefill * frames}, or a smaller loop.prefill"
+            f"use more than {prefill * frames}, or a smaller loop.prefill, loop.num_envs, loop.chunk or "
+            "loop.action_repeat"
         )
     capacity = min(config.replay_size // config.num_envs, total * rows)
     if config.replay_size // config.num_envs < length + rows:
@@ -328,8 +332,10 @@ def example_row(agent: Agent, spec: EnvSpec, num_envs: int) -> Transition:
     def observation(key):
         obs = {k: jnp.zeros((num_envs, *s.shape), s.dtype) for k, s in spec.obs.items()}
         flag, number = jnp.zeros(num_envs, bool), jnp.zeros(num_envs)
-        train = agent.init(key)
-        action, _, info = agent.act(train, agent.init_actor(train, num_envs), obs, flag, key, mode="train")
+        init_key, act_key = jax.random.split(key)
+        train = agent.init(init_key)
+        actor = agent.init_actor(train, num_envs)
+        action, _, info = agent.act(train, actor, obs, flag, act_key, mode="train")
         return Transition(obs, action, number, flag, flag, flag, info["latent"])
 
     shapes = jax.eval_shape(observation, jax.random.key(0))

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mbrl.errors import UserError, check_at_least
+from mbrl.errors import UserError, check_between
 
 
 def use_cpu_devices(num_seeds: int) -> None:
@@ -59,8 +59,8 @@ class Seeds:
     @classmethod
     def make(cls, seed: int, num_seeds: int) -> Seeds:
         """Members seed, seed + 1, ...; a member's run does not depend on how many run beside it."""
-        check_at_least("num_seeds", num_seeds, 1)
-        check_at_least("seed", seed, 0)
+        check_between("num_seeds", num_seeds, 1, 10_000)
+        check_between("seed", seed, 0, 2**31 - num_seeds)  # keys are made from int32
         devices = jax.devices()
         devices = devices[: _divisor(num_seeds, len(devices))]
         mesh = Mesh(np.array(devices), ("seed",))

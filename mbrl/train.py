@@ -15,9 +15,13 @@ import numpy as np
 from mbrl import checkpoints, evaluation, finished, plots, published, replay, report
 from mbrl import video as video_module
 from mbrl.collect import Episodes
+from mbrl.diagnose import make_dumper
 from mbrl.drivers import DeviceDriver, HostDriver, Source, make_pool
+from mbrl.errors import UserError
+from mbrl.interruption import Interrupted, Interruption
 from mbrl.logger import Logger, Progress, read_metrics, results_table
 from mbrl.programs import EVALUATE, Clock, LoopConfig, Programs, RunState, make_programs, stream
+from mbrl.replay import Replay
 from mbrl.run_folder import RunFolder
 from mbrl.seeds import Seeds
 from mbrl.statistics import bootstrap_interval, iqm
@@ -35,14 +39,17 @@ class Run(NamedTuple):
     clock: Clock
     length: int
 
-    def programs(self) -> Programs:
+    def ring(self) -> Replay:
         c = self.config
-        ring = replay.make(self.clock.capacity, c.num_envs, c.batch_size, self.length, c.replay_online)
-        return make_programs(self.agent, ring, self.source.spec, self.source.env, self.seeds, c, self.clock)
+        return replay.make(self.clock.capacity, c.num_envs, c.batch_size, self.length, c.replay_online)
+
+    def programs(self) -> Programs:
+        source, config = self.source, self.config
+        return make_programs(self.agent, self.ring(), source.spec, source.env, self.seeds, config, self.clock)
 
     def shapes(self) -> RunState:
         """The whole state of the run, abstract: nothing is allocated."""
-        return jax.eval_shape(self.programs().init, self.seeds.keys())
+        return jax.eval_shape(lambda: self.programs().init(self.seeds.keys()))
 
 
 def train(
@@ -52,11 +59,14 @@ def train(
 
     resume: continue from the newest checkpoint of ``folder``. video: film one episode of the final policy.
     from_run: folder of another run to take what is learned from; the optimiser and replay start afresh.
+    Raises Interrupted after SIGTERM or Ctrl-C, when the checkpoint is written, and UserError when no seed
+    learns any more.
     """
     config, clock, seeds = run.config, run.clock, run.seeds
     timer, programs, keys = Timer(), run.programs(), seeds.keys()
     driver, evaluate, filmed = _environments(run, programs)
     film = filmed if video and _can_film(filmed) else None
+    dump = make_dumper(run.agent, run.ring(), seeds)
     eval_keys = seeds.program(lambda key: stream(key, EVALUATE, 0))(keys)
     with timer("compile"):
         state = jax.block_until_ready(programs.init(keys))
@@ -79,10 +89,12 @@ def train(
     with (
         Logger(folder, seeds.seeds) as logger,
         Progress(clock.total * clock.frames, iteration * clock.frames) as progress,
+        Interruption() as interruption,
     ):
+        monitor = Monitor(seeds, logger, progress)
         if resume:
             logger.truncate_to(iteration * clock.frames)
-        monitor = Monitor(seeds, logger, progress)
+            monitor.set_pending(meta["pending"])
         while iteration < clock.total:
             learning, compiling = iteration >= clock.prefill, iteration in first_calls
             if iteration == clock.prefill and clock.pretrain:
@@ -99,8 +111,8 @@ def train(
             monitor.add(frames, updates, metrics, ended, driver.faults())
             close = clock.total - iteration < due["evaluate"] // 2  # the final evaluation says it all
             evaluating = end or (learning and not close and iteration % due["evaluate"] == 0)
-            saving = end or iteration % due["save"] == 0
-            if saving or evaluating or iteration % due["log"] == 0:
+            scheduled, stop = end or iteration % due["save"] == 0, interruption.number
+            if scheduled or evaluating or iteration % due["log"] == 0:
                 monitor.request(timer.seconds["train"])
             if evaluating:
                 with timer("train"):
@@ -112,12 +124,23 @@ def train(
                 logger.log(frames, {"eval_return": returns.mean(1)})
                 progress.say(_evaluation_line(frames, returns, timer))
                 folder.write_summary(summarise(evaluations, timer, updates, state.train, seeds))
-            if saving:
-                monitor.flush()  # a resumed run starts with no row half collected
+            if scheduled or stop:
+                monitor.flush()
                 logger.flush()
                 meta = {"iteration": iteration, "evaluations": evaluations, "seconds": timer.seconds}
+                meta["pending"] = monitor.pending()
                 with timer("save"):
-                    checkpoints.save(folder.checkpoints, frames, state, driver.get_state(), meta)
+                    saved = checkpoints.save(folder.checkpoints, frames, state, driver.get_state(), meta)
+                if stop and not end:
+                    raise Interrupted(_farewell(folder, frames, saved), stop)
+            for seed in monitor.newly_frozen():
+                where = dump(state, keys, seed, folder, frames)
+                progress.say(f"seed {seeds.seeds[seed]}: {where}")
+            if monitor.frozen.all():
+                raise UserError(
+                    f"no seed learns any more at {frames:,} frames: none of their updates is finite; lower "
+                    "optimiser.learning_rate, or look at what was dumped"
+                )
     if film is not None:
         path = folder.videos / f"{clock.total * clock.frames}.mp4"
         video_module.record(path, film, lambda watch: evaluate(state.train, eval_keys, watch))
@@ -150,6 +173,7 @@ class Monitor:
         self.seeds, self.logger, self.progress = seeds, logger, progress
         self.returns = np.full(len(seeds), np.nan)  # of the latest episodes
         self.frozen = np.zeros(len(seeds), bool)
+        self._news: list[int] = []  # positions of seeds that froze and were not asked for yet
         self.faults = np.zeros(len(seeds), int)  # of environments, since the start of this process
         self.now: tuple[int, int, Any] = (0, 0, None)  # frames, updates, metrics
         self.ended: list[Episodes] = []
@@ -167,6 +191,20 @@ class Monitor:
             )
         self.faults = faults
 
+    def newly_frozen(self) -> list[int]:
+        """Positions of the seeds that froze since the last call."""
+        news, self._news = self._news, []
+        return news
+
+    def pending(self) -> dict[str, list[float]]:
+        """Episodes that the next row will count, JSON-like, for a checkpoint between two rows."""
+        count, total = _total(self.ended) if self.ended else (np.zeros(0), np.zeros(0))
+        return {"count": count.tolist(), "returns": total.tolist()}
+
+    def set_pending(self, pending: dict[str, list[float]]) -> None:
+        count, total = np.array(pending["count"], int), np.array(pending["returns"], np.float32)
+        self.ended = [Episodes(count, total)] if count.size else []
+
     def request(self, train_seconds: float) -> None:
         """Asks for a row of the latest iteration."""
         self.due = (*self.now, self.ended, train_seconds)
@@ -178,8 +216,7 @@ class Monitor:
             return
         frames, updates, metrics, ended, train_seconds = self.due
         self.due = None
-        count = np.sum([np.asarray(e.count) for e in ended], 0)
-        total = np.sum([np.asarray(e.returns) for e in ended], 0)
+        count, total = _total(ended)
         episode_return = np.where(count > 0, total / np.maximum(count, 1), np.nan)
         self.returns = np.where(count > 0, episode_return, self.returns)
         values = {name: np.asarray(value, np.float64) for name, value in (metrics or {}).items()}
@@ -189,11 +226,25 @@ class Monitor:
         self._report_frozen(frames, values.get("frozen", self.frozen) > 0)
 
     def _report_frozen(self, frames: int, frozen) -> None:
-        for seed in np.array(self.seeds.seeds)[frozen & ~self.frozen]:
+        for i in np.flatnonzero(frozen & ~self.frozen):
             self.progress.say(
-                f"seed {seed} learns no more from {frames:,} frames: its updates are not finite; others go on"
+                f"seed {self.seeds.seeds[i]} learns no more from {frames:,} frames: its updates are not "
+                "finite; others go on"
             )
-        self.frozen = frozen
+            self._news.append(int(i))
+        self.frozen = np.asarray(frozen)
+
+
+def _total(ended: list[Episodes]) -> tuple[np.ndarray, np.ndarray]:
+    """Number and summed return of episodes [S], added one after the other: a resumed run adds the same."""
+    count = sum(np.asarray(e.count) for e in ended)
+    total = sum((np.asarray(e.returns, np.float32) for e in ended), np.float32(0))
+    return np.asarray(count), np.asarray(total)
+
+
+def _farewell(folder: RunFolder, frames: int, saved: bool) -> str:
+    what = f"checkpoint at {frames:,} frames" if saved else "the newest older checkpoint"
+    return f"stopped at {frames:,} frames; --resume --run-dir {folder.path} continues from {what}"
 
 
 class Timer:

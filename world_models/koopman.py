@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mbrl import latent_model
+from mbrl import frame_posterior, latent_model
 from mbrl.errors import UserError, check_at_least, check_between
 from mbrl.frame_posterior import FrameConfig, FrameLatent, clear, flat, previous, sample
 from mbrl.latent_model import Backbone
@@ -110,8 +110,8 @@ def make(config: KoopmanConfig, spec: EnvSpec) -> WorldModel:
 
 def check(config: KoopmanConfig) -> None:
     """UserError for impossible values."""
-    for field in ("width", "hidden", "modes"):
-        check_at_least(f"model.{field}", getattr(config, field), 1)
+    frame_posterior.check(config)
+    check_at_least("model.modes", config.modes, 1)
     check_between("model.phase_max", config.phase_max, 0, np.pi)
     check_at_least("model.spectrum_lr_scale", config.spectrum_lr_scale, 0)
     if not 0 < config.memory_min <= config.memory_max:

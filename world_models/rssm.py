@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 from mbrl import latent_model
 from mbrl.distributions import OneHot, one_hot
-from mbrl.errors import UserError, check_at_least
+from mbrl.errors import UserError, check_at_least, check_between
 from mbrl.latent_model import Backbone, LatentConfig
-from mbrl.networks import MLP, BlockLinear, Dense, RMSNorm, apply
+from mbrl.networks import MAX_LAYERS, MLP, BlockLinear, Dense, RMSNorm, apply
 from mbrl.types import Array, EnvSpec, Starts, WorldModel
 
 
@@ -103,6 +103,8 @@ def backbone(config: RSSMConfig, action_size: int) -> Backbone:
     """The recurrence alone, on encoded observations."""
     for field in ("deter", "hidden", "blocks"):
         check_at_least(f"model.{field}", getattr(config, field), 1)
+    for field in ("dyn_layers", "prior_layers", "post_layers"):
+        check_between(f"model.{field}", getattr(config, field), 0, MAX_LAYERS)
     if config.deter % config.blocks:
         raise UserError(
             f"model.deter is {config.deter}, it must be a multiple of model.blocks, which is {config.blocks}"

@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mbrl import latent_model
-from mbrl.errors import UserError, check_at_least
+from mbrl import frame_posterior, latent_model
+from mbrl.errors import UserError, check_at_least, check_between
 from mbrl.frame_posterior import FrameConfig, FrameLatent, clear, flat, previous, sample
 from mbrl.latent_model import Backbone
-from mbrl.networks import Linear, RMSNorm, apply
+from mbrl.networks import MAX_LAYERS, Linear, RMSNorm, apply
 from mbrl.recurrence import ScanImpl, from_planes, linear_recurrence, to_planes
 from mbrl.types import Array, EnvSpec, Starts, WorldModel
 
@@ -247,7 +247,9 @@ def make_r2i(config: R2IConfig, spec: EnvSpec) -> WorldModel:
 
 def check(config: S4WMConfig) -> None:
     """UserError for impossible values."""
-    for field in ("width", "hidden", "layers", "ssm_size", "ssm_blocks"):
+    frame_posterior.check(config)
+    check_between("model.layers", config.layers, 1, MAX_LAYERS)
+    for field in ("ssm_size", "ssm_blocks"):
         check_at_least(f"model.{field}", getattr(config, field), 1)
     for field in ("deter", "ssm_lr_scale"):
         check_at_least(f"model.{field}", getattr(config, field), 0)
@@ -256,6 +258,9 @@ def check(config: S4WMConfig) -> None:
             f"model.ssm_size is {config.ssm_size}, it must be a multiple of model.ssm_blocks, "
             f"which is {config.ssm_blocks}"
         )
+    # A block starts as the eigenvectors of a dense matrix.
+    check_between("model.ssm_size / model.ssm_blocks", config.ssm_size // config.ssm_blocks, 1, 512)
+    check_between("model.ssm_blocks", config.ssm_blocks, 1, 1024)
     if not 0 < config.dt_min <= config.dt_max:
         raise UserError(
             f"model.dt_min is {config.dt_min}, it must be positive and at most model.dt_max, "

@@ -18,11 +18,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mbrl import latent_model
-from mbrl.errors import UserError, check_at_least
+from mbrl import frame_posterior, latent_model
+from mbrl.errors import UserError, check_at_least, check_between
 from mbrl.frame_posterior import FrameConfig, FrameLatent, clear, flat, previous, sample
 from mbrl.latent_model import Backbone
-from mbrl.networks import Linear, RMSNorm, apply
+from mbrl.networks import MAX_LAYERS, Linear, RMSNorm, apply
 from mbrl.types import Array, EnvSpec, Starts, State, WorldModel
 
 
@@ -282,7 +282,9 @@ def backbone(config: TransformerConfig, action_size: int) -> Backbone:
     rows before the T of the sequence (rounded up to whole blocks). Imagined state: a start, the number of
     steps imagined [...], and per layer their keys and values [..., H, heads, size].
     """
-    for field in ("width", "hidden", "layers", "heads", "window", "mlp_factor"):
+    frame_posterior.check(config)
+    check_between("model.layers", config.layers, 1, MAX_LAYERS)
+    for field in ("heads", "window", "mlp_factor"):
         check_at_least(f"model.{field}", getattr(config, field), 1)
     if config.width % (2 * config.heads):
         raise UserError(

@@ -13,10 +13,10 @@ import numpy as np
 import optax
 
 from mbrl import losses, optimisers
-from mbrl.distributions import BoundedNormal, OneHot, TwoHot, bounded_normal, one_hot, two_hot
+from mbrl.distributions import BoundedNormal, OneHot, TwoHot, bounded_normal, check_bins, one_hot, two_hot
 from mbrl.errors import UserError, check_at_least, check_between
 from mbrl.imagination import rollout
-from mbrl.networks import MLP, Linear, apply
+from mbrl.networks import MAX_LAYERS, MLP, Linear, apply
 from mbrl.optimisers import OptimiserConfig
 from mbrl.planning import simulator_of
 from mbrl.types import Agent, Array, EnvSpec, Simulator, Starts, Trajectory, UpdateInfo, WorldModel
@@ -126,14 +126,15 @@ class Policy(nn.Module):
 
 def check(config: DreamerConfig, spec: EnvSpec) -> None:
     """UserError for impossible values and combinations."""
-    for name in ("actor_layers", "critic_layers", "units", "horizon"):
-        check_at_least(f"agent.{name}", getattr(config, name), 1)
-    for name in ("imag_last", "imag_starts", "entropy", "bin_limit", "slow_scale", "scale_replay_value"):
+    check_at_least("agent.units", config.units, 1)
+    for name in ("actor_layers", "critic_layers"):
+        check_between(f"agent.{name}", getattr(config, name), 1, MAX_LAYERS)
+    check_between("agent.horizon", config.horizon, 1, 10_000)
+    for name in ("imag_last", "imag_starts", "entropy", "slow_scale", "scale_replay_value"):
         check_at_least(f"agent.{name}", getattr(config, name), 0)
     for name in ("lam", "min_std", "noise_correlation", "slow_rate", "return_rate", "actor_average"):
         check_between(f"agent.{name}", getattr(config, name), 0, 1)
-    if config.bins < 3 or config.bins % 2 == 0:
-        raise UserError(f"agent.bins is {config.bins}, it must be odd and at least 3")
+    check_bins("agent", config.bins, config.bin_limit)
     if config.imag_last == 1:
         raise UserError("agent.imag_last is 1, it must be 0 or at least 2: replayed returns need a next step")
     if config.actor_grad == "dynamics" and spec.action.classes is not None:

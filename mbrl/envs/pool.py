@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
 
+from mbrl.errors import UserError
 from mbrl.types import ArraySpec, EnvSpec, HostEnv, TimeStep
+
+PATIENCE = 10
+"""Faults of one environment in a row after which the run ends."""
 
 
 class HostPool:
     """``N`` host environments with equal specs behind arrays with a leading axis ``N``.
 
     There is no auto-reset: the collector names in ``reset_mask`` who starts anew (all, at first).
-    An environment that returns a number that is not finite, or an array of a wrong shape, is not allowed to
-    poison replay: its episode ends there as truncated (``is_last`` and not ``is_terminal``) with zeros in
-    place of the observation and the reward, and ``faults[i]`` counts it. The first reset of each
-    environment is checked strictly instead, as a wrong shape or dtype there is a mistake in the program.
+    An environment that raises, or returns a number that is not finite or an array of a wrong shape, is not
+    allowed to poison replay: its episode ends there as truncated (``is_last`` and not ``is_terminal``) with
+    zeros in place of the observation and the reward, ``faults[i]`` counts it, and it is reset next. One that
+    fails ``PATIENCE`` times in a row, resets included, ends the run with a UserError. The first reset of
+    each environment is checked strictly instead, as what fails there is a mistake in the program.
 
     spec: that of every environment. size: N. faults: int64 [N].
     """
@@ -29,6 +35,7 @@ class HostPool:
         self.spec: EnvSpec = self.envs[0].spec
         self.size = len(self.envs)
         self.faults = np.zeros(self.size, np.int64)
+        self._in_a_row = np.zeros(self.size, np.int64)
         self._checked = np.zeros(self.size, bool)
         for i, env in enumerate(self.envs):
             for field in ("obs", "action", "action_repeat", "max_steps"):
@@ -65,15 +72,9 @@ class HostPool:
         columns = [(key, obs[key], shape) for key, shape in zip(self._keys, self._shapes, strict=True)]
 
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows float32 is counted below
-            for i, env in enumerate(self.envs):
-                if reset_mask[i]:
-                    shown, value, is_last[i], is_terminal[i] = env.reset()
-                    if not self._checked[i]:
-                        _check(i, shown, self.spec.obs)
-                        self._checked[i] = True
-                    value = 0.0
-                else:
-                    shown, value, is_last[i], is_terminal[i] = env.step(actions[i])
+            for i in range(self.size):
+                shown, value, is_last[i], is_terminal[i] = self._ask(i, bool(reset_mask[i]), actions[i])
+                value = 0.0 if reset_mask[i] else value
                 if np.shape(value) == ():
                     reward[i] = value
                 else:
@@ -88,13 +89,33 @@ class HostPool:
         for column in obs.values():
             if column.dtype.kind == "f":
                 faulty |= ~np.isfinite(column.reshape(self.size, -1)).all(1)
+        self._in_a_row = np.where(faulty, self._in_a_row + 1, 0)
         if faulty.any():
             self.faults += faulty
+            if self._in_a_row.max() >= PATIENCE:
+                raise UserError(
+                    f"environment {self._in_a_row.argmax()} of {self.spec.name} failed {PATIENCE} times in a "
+                    "row, resets included: it raised, or gave numbers that are not finite or wrong shapes"
+                )
             for column in (*obs.values(), reward):
                 column[faulty] = 0
             is_last |= faulty
             is_terminal &= ~faulty
         return TimeStep(obs, reward, is_last, is_terminal)
+
+    def _ask(self, i: int, reset: bool, action: np.ndarray) -> TimeStep:
+        """What environment ``i`` answers; nothing where it raises."""
+        env = self.envs[i]
+        if reset and not self._checked[i]:
+            first = env.reset()
+            _check(i, first.obs, self.spec.obs)
+            self._checked[i] = True
+            return first
+        try:
+            return env.reset() if reset else env.step(action)
+        except Exception as error:
+            warnings.warn(f"environment {i} raised {error!r}: its episode ends", RuntimeWarning, stacklevel=3)
+            return TimeStep({}, 0.0, True, False)
 
     def reset(self) -> TimeStep:
         """Reset every environment; the first call of a run."""

@@ -126,6 +126,14 @@ def test_planning_seeds_in_turns_equal_seeds_alone():
     assert results[0][0].train.updates.tolist() == [6, 6]
 
 
+def test_permuting_seeds_permutes_results(vmapped, filled, healthy):
+    """To the last bit: nothing depends on a seed's place."""
+    turn = lambda tree: jax.tree.map(lambda x: x[::-1], tree)
+    state, metrics = vmapped.learn(turn(filled), KEYS[::-1])
+    assert_same(turn(state), healthy[0])
+    assert_same(turn(metrics), healthy[1])
+
+
 def test_seeds_differ(healthy):
     """Different seeds are different runs in everything random: networks, environments, actions."""
     a, b = (one_seed(healthy[0], i) for i in range(2))
@@ -196,6 +204,18 @@ def test_a_bad_batch_never_reaches_the_parameters(vmapped, filled, value):
     state, _ = vmapped.learn(state._replace(replay=filled.replay), KEYS, 1, start=1)
     assert state.health.consecutive.tolist() == [0, 0] and not state.health.frozen.any()
     assert state.train.updates.tolist() == [4, 2]
+
+
+def test_a_nan_observation_stays_in_its_seed(vmapped, filled, healthy):
+    """An environment of one seed shows NaN: the other seed is bit-equal, nothing that is not finite reaches the
+    parameters, and the environment's next episode is sound again."""
+    timestep = filled.env.timestep
+    broken = filled._replace(env=filled.env._replace(timestep=timestep._replace(obs=poison(timestep.obs, 1))))
+    state, metrics = vmapped.learn(broken, KEYS)
+    assert_same(one_seed(state, 0), one_seed(healthy[0], 0))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.train))
+    assert state.health.rejected[0] == 0 < state.health.rejected[1]
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((state.actor, state.env)))
 
 
 def test_episodes_heal_a_broken_memory(vmapped, filled):

@@ -1,6 +1,7 @@
 """Checkpoints: bit-equal round trips, every fault found, nothing cast, older steps never lost."""
 
 import json
+import pickle
 import resource
 import shutil
 import signal
@@ -219,11 +220,52 @@ def test_what_does_not_fit_is_refused_and_never_cast(tmp_path, like, sentence):
     assert "\n" not in str(error.value)
 
 
+class Trap:
+    """An object that leaves a file behind when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_checkpoint_of_a_stranger_executes_nothing(tmp_path, monkeypatch):
+    """Even one whose checksums are right: pickled objects in it are refused, and no pickle is read anywhere."""
+    checkpoints.save(tmp_path, 10, make_state(3), {"env": np.arange(3)})
+    directory, sprung = tmp_path / "000000000010", tmp_path / "sprung"
+    with monkeypatch.context() as patched:
+        for name in ("load", "loads", "Unpickler"):
+            patched.setattr(pickle, name, lambda *args, **kwargs: pytest.fail("a pickle was read"))
+        assert_same(checkpoints.restore(tmp_path, make_state(0)).state, make_state(3))
+    np.savez(directory / "extra.npz", _env=np.array([Trap(sprung)], object))
+    body = json.loads((directory / "manifest.json").read_text())
+    body.pop("sha256")
+    body["files"]["extra.npz"] = checkpoints._sha256(directory / "extra.npz")
+    (directory / "manifest.json").write_bytes(checkpoints._seal(body))
+    with pytest.raises(UserError, match=r"extra\.npz holds Python objects, which are never loaded"):
+        checkpoints.restore(tmp_path, make_state(0))
+    assert not sprung.exists()
+    np.load(directory / "extra.npz", allow_pickle=True)["_env"]  # the trap works
+    assert sprung.exists()
+
+
+@pytest.mark.parametrize("package", ["mbrl", "world_models", "experiments"])
+def test_no_module_reads_pickles(package):
+    for path in (ROOT / package).rglob("*.py"):
+        text = path.read_text()
+        for word in ("import pickle", "cloudpickle", "joblib", "allow_pickle=True", "torch.load"):
+            assert word not in text, f"{path}: {word}"
+
+
 def test_a_newer_schema_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "SCHEMA", checkpoints.SCHEMA + 1)
     checkpoints.save(tmp_path, 10, make_state())
     monkeypatch.undo()
-    with pytest.raises(UserError, match="has schema 2, this release reads schema 1"):
+    with pytest.raises(
+        UserError,
+        match=rf"has schema {checkpoints.SCHEMA + 1}, this release reads schema {checkpoints.SCHEMA}:",
+    ):
         checkpoints.restore(tmp_path, make_state())
 
 

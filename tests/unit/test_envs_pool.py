@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mbrl.envs import dmc
-from mbrl.envs.pool import HostPool
+from mbrl.envs.pool import PATIENCE, HostPool
+from mbrl.errors import UserError
 from mbrl.types import ArraySpec, EnvSpec, TimeStep
 
 SPEC = EnvSpec(
@@ -117,6 +118,53 @@ def test_fault_truncates_only_its_own_environment(fault):
     after = step(pool, reset=[1])
     np.testing.assert_array_equal(after.obs["count"], [[3], [0]])
     np.testing.assert_array_equal(pool.faults, [0, 1])
+
+
+class Broken(Counter):
+    """Raises in the calls ``at`` of reset and step, counted together."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.at, self.calls = set(at), 0
+
+    def fail_or(self, call):
+        self.calls += 1
+        if self.calls - 1 in self.at:
+            raise OSError(f"call {self.calls - 1}")
+        return call
+
+    def reset(self):
+        return self.fail_or(super().reset)()
+
+    def step(self, action):
+        return self.fail_or(super().step)(action)
+
+
+def test_an_exception_is_a_fault_and_the_environment_is_reset():
+    """In a step and in the reset after it: each ends the episode, the other environment does not notice."""
+    pool = HostPool([Counter(), Broken(at=[2, 3])])
+    pool.reset()
+    step(pool)
+    with pytest.warns(RuntimeWarning, match=r"environment 1 raised OSError\('call 2'\): its episode ends"):
+        bad = step(pool)
+    with pytest.warns(RuntimeWarning, match="call 3"):
+        again = step(pool, reset=[1])
+    for timestep in (bad, again):
+        np.testing.assert_array_equal(timestep.is_last, [timestep is again, True])
+        assert not timestep.is_terminal[1] and not timestep.obs["count"][1].any()
+    after = step(pool, reset=[0, 1])
+    np.testing.assert_array_equal(pool.faults, [0, 2])
+    assert not after.is_last.any()
+    np.testing.assert_array_equal(step(pool).obs["count"], [[1], [1]])
+
+
+def test_an_environment_that_stays_broken_ends_the_run():
+    pool = HostPool([Counter(), Broken(at=range(1, 100))])
+    pool.reset()
+    with pytest.warns(RuntimeWarning), pytest.raises(UserError, match="environment 1 of counter failed 10"):
+        for _ in range(PATIENCE):
+            step(pool, reset=[1])
+    assert pool.faults[1] == PATIENCE
 
 
 def test_a_simulation_that_diverges_is_a_fault():

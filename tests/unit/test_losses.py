@@ -136,6 +136,22 @@ def test_free_nats_clip_the_sum_of_the_factors(strict_numerics):
     assert losses.kl_losses(one_hot(even), one_hot(even), free_nats=0.0)[0]["dyn"] == 0
 
 
+logits = st.lists(st.floats(-30, 30, width=32), min_size=15, max_size=15)
+kl_of = jax.jit(lambda a, b: losses.kl_losses(one_hot(a, 0.01), one_hot(b, 0.01), 0.0)[0])
+
+
+@settings(max_examples=100, deadline=None)
+@given(logits, logits)
+def test_kl_is_positive_and_zero_for_equals(a, b):
+    """Also where a class is nearly certain; both halves have one value."""
+    a, b = (np.array(x, np.float32).reshape(3, 5) for x in (a, b))
+    different, same = kl_of(a, b), kl_of(a, a)
+    assert different["dyn"] >= -1e-5 and different["dyn"] == pytest.approx(
+        float(different["rep"]), rel=1e-5, abs=1e-6
+    )
+    assert same["dyn"] == same["rep"] == 0
+
+
 def test_kl_keeps_batch_axes(strict_numerics):
     """One number per time step, clipped per time step, before any mean."""
     post, prior = kl_case(0.8)

@@ -96,11 +96,13 @@ class ListReplay:
         return starts
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    st.lists(st.one_of(st.sampled_from([1, 2, 3, 7, CAPACITY]), st.just("sample")), min_size=1, max_size=25),
-    st.integers(0, 2**31 - 1),
+OPERATIONS = st.lists(
+    st.one_of(st.sampled_from([1, 2, 3, 7, CAPACITY]), st.just("sample")), min_size=1, max_size=25
 )
+
+
+@settings(max_examples=40, deadline=None)
+@given(OPERATIONS, st.integers(0, 2**31 - 1))
 @example([LENGTH - 1, 1, "sample", "sample"], 0)
 @example([CAPACITY, CAPACITY, "sample", "sample", "sample"], 1)
 @example([1] * 40 + ["sample"] * 9, 2)
@@ -121,6 +123,13 @@ def test_replay_against_a_list(operations, seed):
             starts, fresh = model.check(sampled), model.serve()
             assert starts[: len(fresh)] == fresh
     assert state.inserted == len(model.first)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, deadline=None, database=None)
+@given(OPERATIONS, st.integers(0, 2**31 - 1))
+def test_replay_against_a_list_a_thousand_times(operations, seed):
+    test_replay_against_a_list.hypothesis.inner_test(operations, seed)
 
 
 def test_every_fresh_sequence_is_served_exactly_once():

@@ -1,0 +1,44 @@
+"""SIGTERM and Ctrl-C end a run at its next iteration, with a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupted(Exception):
+    """A signal ended the run in order; the message says how to go on, ``exit_code`` is 128 + signal."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+class Interruption:
+    """While active, the first signal is noted in ``number``; a second one raises KeyboardInterrupt at once.
+
+    Python runs handlers between instructions, so a compiled program or a compilation is finished first.
+    Signals reach the main thread only; elsewhere they keep their meaning.
+    """
+
+    number: int | None = None
+
+    def __enter__(self) -> Interruption:
+        main = threading.current_thread() is threading.main_thread()
+        self._before = {n: signal.signal(n, self._note) for n in SIGNALS} if main else {}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.number is not None:
+            raise KeyboardInterrupt
+        self.number = number
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"\nstopping after this iteration, with a checkpoint; once more stops at once\n")

@@ -1,0 +1,109 @@
+"""Evaluation: the policy's mode, whole episodes only, the same start states every time, on both sides."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mbrl import evaluation
+from mbrl.drivers import Source, host_seed, make_pool
+from mbrl.types import Agent, ArraySpec, EnvSpec, JaxEnv, TimeStep
+from tests.helpers import on_one_device
+
+EPISODES, LONGEST = 4, 7
+SPEC = EnvSpec("lengths", {"left": ArraySpec((1,))}, ArraySpec((1,)), 1, LONGEST)
+SEEDS = on_one_device(0, 1)
+
+# An episode is as long as its reset says, from 1 to 7 steps, and pays 1 + the action at every step, at those
+# after its end too. So a return is the length times (1 + action).
+
+
+def lengths_env() -> JaxEnv:
+    def show(left, reward):
+        return TimeStep({"left": left[None].astype(jnp.float32)}, reward, left <= 0, left <= 0)
+
+    def reset(key):
+        left = jax.random.randint(key, (), 1, LONGEST + 1)
+        return left, show(left, jnp.zeros(()))
+
+    def step(left, action, key):
+        return left - 1, show(left - 1, 1 + action[0])
+
+    return JaxEnv(SPEC, reset, step)
+
+
+class LengthsHost:
+    spec = SPEC
+
+    def __init__(self, seed: int):
+        self.rng = np.random.default_rng(seed)
+        self.left = 0
+
+    def show(self, reward) -> TimeStep:
+        obs = {"left": np.array([self.left], np.float32)}
+        return TimeStep(obs, np.float32(reward), self.left <= 0, self.left <= 0)
+
+    def reset(self) -> TimeStep:
+        self.left = int(self.rng.integers(1, LONGEST + 1))
+        return self.show(0)
+
+    def step(self, action) -> TimeStep:
+        self.left -= 1
+        return self.show(1 + action[0])
+
+    def get_state(self):
+        state = self.rng.bit_generator.state["state"]
+        words = [state["state"] >> 64, state["state"] % 2**64, state["inc"] >> 64, state["inc"] % 2**64]
+        return {"left": np.array(self.left), "rng": np.array(words, np.uint64)}
+
+    def set_state(self, state):
+        self.left = int(state["left"])
+        high, low, inc_high, inc_low = (int(x) for x in state["rng"])
+        words = {"state": (high << 64) + low, "inc": (inc_high << 64) + inc_low}
+        self.rng.bit_generator.state = self.rng.bit_generator.state | {"state": words, "has_uint32": 0}
+
+    def render(self, height, width):
+        raise RuntimeError
+
+    def close(self): ...
+
+
+def agent() -> Agent:
+    """Acts with its only parameter in evaluation, and never otherwise."""
+
+    def act(train, actor, obs, is_first, key, mode):
+        assert mode == "eval"
+        action = jnp.full((obs["left"].shape[0], 1), train)
+        return action, {"action": action}, {"latent": ()}
+
+    init_actor = lambda train, batch: {"action": jnp.zeros((batch, 1))}
+    return Agent(lambda key: jnp.zeros(()), init_actor, act, lambda *args: None)
+
+
+def test_device_counts_whole_episodes_and_nothing_after_them():
+    """Also the same returns at every evaluation, because the start states are."""
+    evaluate = evaluation.make_device(agent(), lengths_env(), SEEDS, EPISODES)
+    keys = SEEDS.keys()
+    ones = evaluate(jnp.zeros(2), keys)
+    assert ones.shape == (2, EPISODES)
+    resets = jax.vmap(lambda key: jax.random.split(jax.random.split(key)[0], EPISODES))(keys)
+    lengths = jax.vmap(jax.vmap(lambda key: jax.random.randint(key, (), 1, LONGEST + 1)))(resets)
+    np.testing.assert_array_equal(ones, lengths)
+    assert len(np.unique(ones)) > 2
+    np.testing.assert_allclose(evaluate(jnp.array([0.5, -1.0]), keys), ones * [[1.5], [0.0]])
+
+
+def test_host_counts_whole_episodes_and_nothing_after_them():
+    source = Source(SPEC, make_host=LengthsHost)
+    evaluate = evaluation.make_host(agent(), make_pool(source, SEEDS, EPISODES, purpose=1), SEEDS, EPISODES)
+    ones = evaluate(jnp.zeros(2), SEEDS.keys())
+    made = [[LengthsHost(host_seed(seed, 1, i)) for i in range(EPISODES)] for seed in SEEDS.seeds]
+    np.testing.assert_array_equal(ones, [[env.reset().obs["left"][0] for env in row] for row in made])
+    np.testing.assert_allclose(evaluate(jnp.array([0.5, -1.0]), SEEDS.keys()), ones * [[1.5], [0.0]])
+
+
+def test_host_environments_have_seeds_of_their_own():
+    """Between members, environments, and the purposes training and evaluation."""
+    seeds = {host_seed(s, p, i) for s in range(5) for p in range(2) for i in range(20)}
+    assert len(seeds) == 200
