@@ -120,11 +120,16 @@ class PlanConfig:
     """Share of the particles that cvar averages (alpha)."""
 
 
-def check(config: PlanConfig, rule: SearchRule, simulator: Simulator) -> None:
-    """UserError for impossible values and combinations."""
+def check_numbers(config: PlanConfig) -> None:
+    """UserError for values that no rule could use."""
     for name in ("action_block", "replan_every", "particles"):
         check_at_least(f"plan.{name}", getattr(config, name), 1)
     check_between("plan.risk_fraction", config.risk_fraction, 0, 1)
+
+
+def check(config: PlanConfig, rule: SearchRule, simulator: Simulator) -> None:
+    """UserError for impossible values and combinations."""
+    check_numbers(config)
     if config.replan_every > rule.horizon:
         raise UserError(
             f"plan.replan_every is {config.replan_every}, it must be at most search.horizon, "

@@ -8,7 +8,15 @@ from typing import Any, NamedTuple
 import jax
 
 from mbrl.config import config_type, load_factory
-from mbrl.planning import Objective, Planner, PlanState, RuleConfig, make_objective, make_planner
+from mbrl.planning import (
+    Objective,
+    Planner,
+    PlanState,
+    RuleConfig,
+    check_numbers,
+    make_objective,
+    make_planner,
+)
 from mbrl.types import Agent, Array, EnvSpec, Simulator
 
 
@@ -69,6 +77,7 @@ def planned(
 ) -> Agent:
     """The agent, acting by the planner that an experiment's config names in ``planner``, with the settings in
     ``search`` and ``plan``; as it is for ``none``. The discount is in the model's ``cont``."""
+    check_numbers(config.plan)
     if config.planner == "none":
         return agent
     rule = find_rule(config.planner, registry)(config.search, spec.action)

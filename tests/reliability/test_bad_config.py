@@ -20,15 +20,23 @@ import pytest
 import world_models
 from mbrl.config import check_config, override
 from mbrl.errors import UserError
+from mbrl.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "experiments" / "dreamer_dmc.py"
-MODELS = list(world_models.REGISTRY)
+MODELS = list(world_models.LATENT)
 ZERO_IS_FINE = {
-    *("seed", "loop.collect_steps", "loop.prefill", "loop.eval_every", "loop.checkpoint_every"),
+    *(
+        "seed",
+        "loop.collect_steps",
+        "loop.prefill",
+        "loop.pretrain",
+        "loop.eval_every",
+        "loop.checkpoint_every",
+    ),
     *("model.unimix", "model.free_nats", "model.discount", "model.dyn_layers", "model.prior_layers"),
     *("model.post_layers", "model.deter of s4wm", "model.deter of r2i", "model.ssm_lr_scale"),
-    *("model.phase_max", "model.spectrum_lr_scale"),
+    *("model.phase_max", "model.spectrum_lr_scale", "plan.risk_fraction"),
     *("agent.imag_last", "agent.imag_starts", "agent.lam", "agent.min_std", "agent.noise_correlation"),
     *("agent.entropy", "agent.scale_rec", "agent.scale_reward", "agent.scale_cont", "agent.scale_dyn"),
     *("agent.scale_rep", "agent.scale_replay_value", "agent.slow_rate", "agent.slow_scale"),
@@ -38,6 +46,7 @@ ZERO_IS_FINE = {
     *("agent.optimiser.beta1", "agent.optimiser.beta2", "agent.optimiser.weight_decay"),
 }
 FRACTIONS = {
+    "plan.risk_fraction",
     *("model.unimix", "model.discount", "agent.lam", "agent.min_std", "agent.noise_correlation"),
     *("agent.slow_rate", "agent.return_rate", "agent.actor_average", "agent.optimiser.final_fraction"),
     *("agent.optimiser.decay_start", "agent.optimiser.beta1", "agent.optimiser.beta2"),
@@ -71,7 +80,7 @@ OTHERS = [
     (["--world-model", "rsms"], ["--world-model", "rsms", "did you mean", "rssm"]),
     (["--preset", "size1"], ["--preset", "size1", "did you mean", "size1m"]),
     (["--preset", ""], ["--preset", "must be one of"]),
-    (["--world-model", "transformer", "--model.heads", "3"], ["model.width", "32", "model.heads"]),
+    (["--world-model", "transformer", "--model.heads", "5"], ["model.width", "multiple of model.heads", "5"]),
     (["--world-model", "transformer", "--agent.replay-context"], ["agent.replay_context", "True", "False"]),
     (["--world-model", "s4wm", "--model.ssm-size", "18"], ["model.ssm_size", "18", "multiple of"]),
     (["--world-model", "s4wm", "--model.dt-min", "1"], ["model.dt_min", "1.0", "at most model.dt_max"]),
@@ -148,7 +157,7 @@ def cases() -> list[Case]:
     made = [Case(*case) for case in OTHERS]
     seen: set[str] = set()
     for model in MODELS:
-        for name, kind in fields(module().default_config("xs", model)):
+        for name, kind in fields(module().default_config("xs", model, "none")):
             if name in seen:
                 continue
             seen.add(name)
@@ -195,8 +204,8 @@ def no_run(monkeypatch):
         if "backend_compile" in event:
             compiled.append(event)
 
-    kept = module().RunFolder.create
-    monkeypatch.setattr(module().RunFolder, "create", accept)
+    kept = RunFolder.create
+    monkeypatch.setattr(RunFolder, "create", accept)
     jax.monitoring.register_event_duration_secs_listener(listen)
     monkeypatch.setenv("COLUMNS", "400")
     yield kept
@@ -233,7 +242,7 @@ def test_wrong_commands_are_refused(no_run, capsys):
 @pytest.mark.parametrize("wrong", [{"steps": "80000"}, {"loop": 3}, {"num_seeds": 2.0}, {"seed": True}])
 def test_a_damaged_config_file_is_refused(wrong):
     """Values of a type that the parser of flags would never have let in (a stored config.json is edited)."""
-    config = override(module().default_config("xs", "rssm"), wrong)
+    config = override(module().default_config("xs", "rssm", "none"), wrong)
     field = next(iter(wrong))
     with pytest.raises(UserError, match=rf"^{field} is .*, it must be "):
         check_config(config)
