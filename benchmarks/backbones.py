@@ -120,19 +120,16 @@ def measure(length: int, args: argparse.Namespace) -> list[dict]:
     return [row for row, _ in cases]
 
 
-def table(rows: list[dict]) -> str:
-    head = (
-        "| model | T | observe ms | of rssm | imagine ms | of rssm | compile s | observe MiB | imagine MiB |"
-    )
-    lines = [head, "|" + "---|" * head.count(" |")]
-    for row in rows:
-        cells = [row["model"], str(row["T"])]
-        for what in ("observe", "imagine"):
-            cells += [f"{1e3 * row[f'{what}_seconds']:.1f}", f"{row[f'{what}_of_rssm']:.2f}"]
-        cells += [f"{row['observe_compile_seconds']:.1f} + {row['imagine_compile_seconds']:.1f}"]
-        cells += [f"{row[f'{what}_mib']:.0f}" for what in ("observe", "imagine")]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+HEAD = "| model | T | observe ms | of rssm | imagine ms | of rssm | compile s | observe MiB | imagine MiB |"
+
+
+def line(row: dict) -> str:
+    cells = [row["model"], str(row["T"])]
+    for what in ("observe", "imagine"):
+        cells += [f"{1e3 * row[f'{what}_seconds']:.1f}", f"{row[f'{what}_of_rssm']:.2f}"]
+    cells += [f"{row['observe_compile_seconds']:.1f} + {row['imagine_compile_seconds']:.1f}"]
+    cells += [f"{row[f'{what}_mib']:.0f}" for what in ("observe", "imagine")]
+    return "| " + " | ".join(cells) + " |"
 
 
 def main() -> None:
@@ -157,8 +154,11 @@ def main() -> None:
     found = machine()
     name = args.machine or f"{found['cpu']}, {found['cores']} cores, {', '.join(found['devices'])}"
     print(f"{name}; width {args.width}, batch {args.batch}, window {args.window}, {args.dtype}\n", flush=True)
-    rows = [row for length in args.lengths for row in measure(length, args)]
-    print(table(rows))
+    print(HEAD, "|" + "---|" * HEAD.count(" |"), sep="\n")
+    rows = []
+    for length in args.lengths:
+        rows += measure(length, args)
+        print(*(line(row) for row in rows[-len(args.models) :]), sep="\n", flush=True)
     if args.json:
         settings = {k: v for k, v in vars(args).items() if k != "json"}
         with open(args.json, "w") as file:
