@@ -421,7 +421,7 @@ def test_masked_actions_stay_zero(mode):
 
 
 WRONG = [
-    ("mppi", dict(samples=8), "search.elites is 64, it must be at most search.samples, which is 8"),
+    ("mppi", dict(samples=32), "search.elites is 64, it must be at most search.samples, which is 32"),
     ("mppi", dict(min_std=3.0), "search.min_std is 3.0"),
     ("cem", dict(smoothing=1.5), "search.smoothing is 1.5"),
     ("icem", dict(decay=0.5), "search.decay is 0.5"),
