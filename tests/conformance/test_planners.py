@@ -101,5 +101,6 @@ def test_planner_over_world_model(worlds, rule, world, action):
     close = lambda a, b: np.testing.assert_allclose(a[..., :-1], b[..., :-1], rtol=1e-4, atol=1e-5)
     close(moved[0].T, chosen.T)
     jax.tree.map(close, moved[2], info)
+    assert plan._cache_size() == 1  # a carried warm start is like a fresh one
     if rounds:
         assert (np.asarray(moved[2]["best"][:, -1]) != np.asarray(info["best"][:, -1])).any()
