@@ -187,13 +187,11 @@ def expand(states: State, lead: tuple[int, ...]) -> State:
 
 def reduce_risk(scores: Array, risk: str, fraction: float) -> Array:
     """Scores of particles [N, P, E] -> [N, E]. A particle that is not finite makes its candidate so."""
-    if risk == "mean":
-        return scores.mean(1)
-    if risk == "worst":
-        return scores.min(1)
-    tail = max(1, round(fraction * scores.shape[1]))
-    worst = jnp.sort(scores, 1)[:, :tail].mean(1)  # sorts nan last
-    return jnp.where(jnp.isfinite(scores).all(1), worst, -jnp.inf)
+    finite = jnp.isfinite(scores).all(1)
+    if risk != "mean":
+        tail = 1 if risk == "worst" else max(1, round(fraction * scores.shape[1]))
+        scores = jnp.sort(scores, 1)[:, :tail]
+    return jnp.where(finite, scores.mean(1), -jnp.inf)
 
 
 def where_env(condition: Array, yes: PyTree, no: PyTree) -> PyTree:
