@@ -54,7 +54,8 @@ def refuse_discrete(rule: str, action: ArraySpec) -> None:
 
 def neutral(action: ArraySpec, horizon: int) -> Array:
     """The mean [H, A] to begin with: the middle of continuous actions, equal chances of discrete ones."""
-    return jnp.full((horizon, action.size), 0.0 if action.classes is None else 1 / action.size)
+    middle = 0.0 if action.classes is None else 1 / action.size
+    return jnp.full((horizon, action.size), middle, jnp.float32)
 
 
 def draw(key: Array, count: int, mean: Array, std: Array, action: ArraySpec) -> Array:

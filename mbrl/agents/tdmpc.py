@@ -98,8 +98,8 @@ def check(config: TDMPCConfig) -> None:
 
 
 class Behaviour(NamedTuple):
-    """Networks, and what they say. policy(params, features): a `OneHot` or `TanhNormal`. values(params [Q, ...],
-    features, action, key): those of every critic [Q, ...], with dropout where there is a key."""
+    """Networks, and what they say. policy(params, features): a `OneHot` or `TanhNormal`. values(params
+    [Q, ...], features, action, key): those of every critic [Q, ...], with dropout where there is a key."""
 
     actor: NormedMLP
     critic: NormedMLP
