@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from mbrl import losses, optimisers
-from mbrl.distributions import OneHot, SymlogTwoHot, TanhNormal, one_hot, symlog_two_hot, tanh_normal
+from mbrl.distributions import SymlogTwoHot, one_hot, symlog_two_hot, tanh_normal
 from mbrl.errors import UserError, check_at_least, check_between
 from mbrl.networks import NormedMLP, apply
 from mbrl.optimisers import OptimiserConfig
@@ -98,12 +98,12 @@ def check(config: TDMPCConfig) -> None:
 
 
 class Behaviour(NamedTuple):
-    """Networks, and what they say: ``policy(params, features)`` is a distribution, ``values(params [Q, ...],
-    features, action, key)`` are those of every critic [Q, ...], with dropout where there is a key."""
+    """Networks, and what they say. policy(params, features): a `OneHot` or `TanhNormal`. values(params
+    [Q, ...], features, action, key): those of every critic [Q, ...], with dropout where there is a key."""
 
     actor: NormedMLP
     critic: NormedMLP
-    policy: Callable[..., OneHot | TanhNormal]
+    policy: Callable[..., Any]
     values: Callable[..., SymlogTwoHot]
 
 
