@@ -41,8 +41,8 @@ def make(env_id: str, seed: int, action_repeat: int = 1, **options: Any) -> Gymn
 
 @contextlib.contextmanager
 def _without_notices():
-    """Hide MuJoCo's notes on deprecated attributes in gymnasium's own models: a line for each environment, and
-    a file MUJOCO_LOG.TXT in the current folder."""
+    """Hide MuJoCo's notes on deprecated attributes in gymnasium's own models: a line for each environment,
+    and a file MUJOCO_LOG.TXT in the current folder."""
     import mujoco
 
     before = mujoco.get_mju_user_warning()
