@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -114,7 +115,7 @@ def load(folder: str | os.PathLike) -> Dataset:
                 obs = {key: file[f"obs/{key}"] for key in spec.obs}
                 rows = Trajectory(obs=obs, **{field: file[field] for field in _FIELDS})
                 ends = np.cumsum(file["lengths"])
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise UserError(f"{folder / name} cannot be read: {error}") from error
         starts = [0, *ends[:-1]]
         episodes += [_map(lambda x, a=a, b=b: x[a:b], rows) for a, b in zip(starts, ends)]

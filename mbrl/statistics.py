@@ -62,17 +62,9 @@ def bootstrap_interval(
         raise ValueError(
             f"scores must be a non-empty [runs] or [runs, tasks] array, found shape {scores.shape}"
         )
-    if not 0.0 < confidence < 1.0:
-        raise ValueError(f"confidence must lie in (0, 1), found {confidence}")
-    runs = scores.shape[0]
-    if runs < 2:
-        return float("nan"), float("nan")
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(0, runs, size=(samples, *scores.shape))
-    resampled = np.take_along_axis(scores[None], drawn, axis=1)
-    values = np.array([statistic(one) for one in resampled])
-    tail = 50.0 * (1.0 - confidence)
-    low, high = np.percentile(values, [tail, 100.0 - tail])
+    columns = [scores] if scores.ndim == 1 else list(scores.T)
+    whole = lambda drawn: statistic(drawn[0] if scores.ndim == 1 else np.stack(drawn, axis=1))
+    low, high = stratified_interval(whole, columns, confidence=confidence, samples=samples, seed=seed)
     return float(low), float(high)
 
 
@@ -153,8 +145,9 @@ def stratified_interval(
     drawn = lambda group: [one[rng.integers(0, len(one), len(one))] for one in group]
     values = np.array([statistic(*map(drawn, checked)) for _ in range(samples)])
     tail = 50.0 * (1.0 - confidence)
-    # An infinite value (a threshold that was never reached) cannot be interpolated: take the value above.
-    low, high = np.percentile(values, [tail, 100.0 - tail], axis=0, method="inverted_cdf")
+    # An infinite value (a threshold that was never reached) cannot be interpolated with a number.
+    method = "inverted_cdf" if np.isinf(values).any() else "linear"
+    low, high = np.percentile(values, [tail, 100.0 - tail], axis=0, method=method)
     return low, high
 
 

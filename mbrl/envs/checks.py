@@ -374,9 +374,9 @@ def check_keys(env: JaxEnv) -> None:
 
 def check_buffers(env: JaxEnv) -> None:
     key, action = jax.random.key(0), jnp.zeros(env.spec.action.shape)
-    for wrap in (jax.jit, lambda function: function):
-        first = wrap(env.reset)(key)
-        for result in (first, wrap(env.step)(first[0], action, key)):
+    for reset, step in (_jitted(env), (env.reset, env.step)):
+        first = reset(key)
+        for result in (first, step(first[0], action, key)):
             leaves = jax.tree.leaves(result)
             pointers = {leaf.unsafe_buffer_pointer() for leaf in leaves if isinstance(leaf, jax.Array)}
             require(

@@ -6,6 +6,7 @@ actions Box or Discrete.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -31,10 +32,25 @@ def make(env_id: str, seed: int, action_repeat: int = 1, **options: Any) -> Gymn
         options = {"disable_env_checker": True} | options
         if "render_mode" not in options and _can_render(kind):
             options["render_mode"] = "rgb_array"
-        env = gymnasium.make(env_id, **options)
+        with _without_notices():
+            env = gymnasium.make(env_id, **options)
     except (gymnasium.error.Error, ImportError) as error:
         raise ValueError(f"gymnasium cannot make {env_id!r}: {' '.join(str(error).split())}") from error
     return Gymnasium(env, seed, action_repeat, f"gym:{env_id}")
+
+
+@contextlib.contextmanager
+def _without_notices():
+    """Hide MuJoCo's notes on deprecated attributes in gymnasium's own models: a line for each environment,
+    and a file MUJOCO_LOG.TXT in the current folder."""
+    import mujoco
+
+    before = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(lambda message: None)
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(before)
 
 
 def _can_render(kind: Any) -> bool:

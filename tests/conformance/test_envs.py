@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,8 +26,11 @@ class Case(NamedTuple):
     random: bool = True
 
 
+jax_env = functools.cache(envs.make_jax)  # compiled once per environment, not once per test
+
+
 def jax_case(name: str, end: str, length: int, random: bool = True, **options: Any) -> Case:
-    return Case(name, lambda seed: JaxAsHost(envs.make_jax(name, **options), seed), end, length, random)
+    return Case(name, lambda seed: JaxAsHost(jax_env(name, **options), seed), end, length, random)
 
 
 def host_case(task: str, length: int | None = 500, action_repeat: int = 2) -> Case:
@@ -138,4 +142,4 @@ def test_jax_registry_has_a_case(name):
 @pytest.mark.parametrize("check", checks.JAX_CHECKS)
 @pytest.mark.parametrize("name", JAX_NAMES)
 def test_jax_check(name, check):
-    checks.JAX_CHECKS[check](envs.make_jax(name))
+    checks.JAX_CHECKS[check](jax_env(name))

@@ -135,7 +135,8 @@ def test_spaces_that_nothing_here_can_use(observation, action, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_a_task_of_the_registry():
+def test_a_task_of_the_registry(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     env = envs.make_host("gym:HalfCheetah-v5", 3, 2)
     assert (env.spec.name, env.spec.max_steps, env.spec.action.shape) == ("gym:HalfCheetah-v5", 500, (6,))
     theirs = gymnasium.make("HalfCheetah-v5")
@@ -145,6 +146,13 @@ def test_a_task_of_the_registry():
     reward = sum(theirs.step(action)[1] for _ in range(2))
     assert env.step(action).reward == pytest.approx(reward, rel=1e-6)
     env.close(), theirs.close()
+
+
+def test_making_one_is_quiet(tmp_path, monkeypatch, capfd):
+    """MuJoCo would print a note on gymnasium's model and write a file into the current folder."""
+    monkeypatch.chdir(tmp_path)
+    envs.make_host("gym:HalfCheetah-v5", 0, 1).close()
+    assert "".join(capfd.readouterr()) == "" and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["HalfCheeta-v5", "HalfCheetah", "ALE/Pong-v5", "nothing"])

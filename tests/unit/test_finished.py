@@ -67,9 +67,8 @@ def test_what_is_played_adds_up(run, played):
     assert not trajectory.action[:, 0].any()
 
 
-def test_acting_step_by_step_reproduces_the_episode(run, played):
-    """The latent sample differs by its key, so actions agree as far as the posterior is certain; what must be
-    exact is that one environment alone acts as in a batch, and that memory is carried."""
+def test_acting_step_by_step(run, played):
+    """In one environment or several, with the memory of what was seen; the same again is the same action."""
     trajectory = jax.tree.map(lambda x: x[1], played[1])
     batch, alone = None, None
     for t in range(4):
@@ -79,9 +78,14 @@ def test_acting_step_by_step_reproduces_the_episode(run, played):
         assert actions.shape == (3, 1) and single.shape == (1,) and np.abs(actions).max() <= 1
         np.testing.assert_array_equal(np.asarray(batch.actor.action), actions)
     assert batch.step == 4
-    again, _ = run.act(obs, batch, is_first=np.ones(3, bool), seed=6)
-    fresh, _ = run.act(obs, None, seed=6)
-    assert again.shape == fresh.shape
+    one, two, forgotten = (
+        run.act(obs, batch, is_first=first, seed=6)[0]
+        for first in (None, np.zeros(3, bool), np.ones(3, bool))
+    )
+    np.testing.assert_array_equal(one, two)
+    assert (one != forgotten).any()
+    explored, _ = run.act(obs, batch, seed=6, mode="train")
+    assert (explored != one).all()
 
 
 def test_policies_of_seeds_differ(run, played):
