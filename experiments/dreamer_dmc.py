@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import jax
 
@@ -17,7 +16,7 @@ import planners
 import world_models
 from mbrl.agents import dreamer
 from mbrl.agents.dreamer import DreamerConfig
-from mbrl.agents.planning import default_search, planned
+from mbrl.agents.planning import assemble, default_search
 from mbrl.config import choose, config_type, load_factory, override, run_main
 from mbrl.experiment import Experiment, execute, parse
 from mbrl.latent_model import LatentConfig
@@ -66,17 +65,14 @@ def default_config(preset: str, world_model: str, planner: str) -> Config:
 def make_agent(config: Config, spec: EnvSpec, total_updates: int) -> Agent:
     make_model = load_factory("--world-model", config.world_model, world_models.LATENT)
     model = make_model(config.model, spec)
-    agent = dreamer.make(config.agent, spec, model, config.model.discount, total_updates)
-    simulator = dreamer.make_simulator(config.agent, spec, model)
-    return planned(
-        agent, simulator, partial(dreamer.acting_params, config.agent), config, planners.REGISTRY, spec
-    )
+    return assemble(dreamer, config, spec, model, total_updates, planners.REGISTRY)
 
 
 def main(argv: Sequence[str]) -> None:
     config = parse(argv, default_config, PRESETS, "size12m", world_model="rssm", planner="none")
     # With replay context, one row more: its stored latent is where a sequence begins.
-    execute(config, make_agent, int(config.agent.replay_context), f"Dreamer, {config.world_model}")
+    extra_rows = int(config.agent.replay_context)
+    execute(config, "dreamer", make_agent, extra_rows, f"Dreamer, {config.world_model}")
 
 
 if __name__ == "__main__":

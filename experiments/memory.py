@@ -140,7 +140,7 @@ def run_agent(config: Config, source: Source, model: WorldModel, seeds: Seeds, r
     clock = make_clock(loop, config.steps, length)
     agent = dreamer.make(config.dreamer, source.spec, model, config.model.discount, clock.total_updates)
     run = Run(agent, source, seeds, loop, clock, length)
-    launch(run, config, run_dir, f"Dreamer, {config.world_model}")
+    launch(run, {"config": dataclasses.asdict(config)}, run_dir, f"Dreamer, {config.world_model}")
 
 
 def main(argv: Sequence[str]) -> None:

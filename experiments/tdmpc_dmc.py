@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 
 import planners
 from mbrl.agents import tdmpc
-from mbrl.agents.planning import default_search, planned
+from mbrl.agents.planning import assemble, default_search
 from mbrl.agents.tdmpc import TDMPCConfig
 from mbrl.config import choose, override, run_main
 from mbrl.experiment import Experiment, execute, parse
-from mbrl.losses import episode_discount
 from mbrl.planning import PlanConfig, RuleConfig
 from mbrl.presets import TDMPC as PRESETS
 from mbrl.programs import LoopConfig
@@ -55,17 +54,13 @@ def default_config(preset: str, planner: str) -> Config:
 
 
 def make_agent(config: Config, spec: EnvSpec, total_updates: int) -> Agent:
-    discount = config.model.discount or episode_discount(spec.max_steps)
-    model = make(config.model, spec)
-    agent = tdmpc.make(config.agent, spec, model, discount, total_updates)
-    simulator = tdmpc.make_simulator(config.agent, spec, model, discount)
-    return planned(agent, simulator, tdmpc.acting_params, config, planners.REGISTRY, spec)
+    return assemble(tdmpc, config, spec, make(config.model, spec), total_updates, planners.REGISTRY)
 
 
 def main(argv: Sequence[str]) -> None:
     config = parse(argv, default_config, PRESETS, "5M", planner="mppi")
     # H transitions have H + 1 rows.
-    execute(config, make_agent, extra_rows=1, name=f"TD-MPC2, planner {config.planner}")
+    execute(config, "tdmpc", make_agent, extra_rows=1, name=f"TD-MPC2, planner {config.planner}")
 
 
 if __name__ == "__main__":

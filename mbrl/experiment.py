@@ -97,12 +97,12 @@ def default_folder(*parts: str) -> str:
 
 
 def execute(
-    config: C, make_agent: Callable[[C, EnvSpec, int], Agent], extra_rows: int, name: str
+    config: C, kind: str, make_agent: Callable[[C, EnvSpec, int], Agent], extra_rows: int, name: str
 ) -> dict[str, Any]:
     """Trains and evaluates; returns the summary that the run folder gets.
 
-    make_agent(config, spec, total updates). extra_rows: rows of a sampled sequence beside the
-    ``loop.batch_length`` that are trained. name: of the agent, for titles.
+    kind: of agent, as `mbrl.load` knows it. make_agent(config, spec, total updates).
+    extra_rows: rows of a sampled sequence beside the ``loop.batch_length`` that are trained. name: of the agent, for titles.
     """
     check_config(config)
     if config.debug:
@@ -115,14 +115,15 @@ def execute(
     agent = make_agent(config, source.spec, clock.total_updates)
     run = Run(agent, source, seeds, loop, clock, length)
     run_dir = config.run_dir or default_folder(config.task, config.preset)
+    stored = {"agent": kind, "config": dataclasses.asdict(config)}
     return launch(
-        run, config, run_dir, f"{name}, {config.preset}", config.resume, config.video, config.from_run
+        run, stored, run_dir, f"{name}, {config.preset}", config.resume, config.video, config.from_run
     )
 
 
 def launch(
     run: Run,
-    config: Any,
+    stored: dict[str, Any],
     run_dir: str,
     name: str,
     resume: bool = False,
@@ -131,13 +132,13 @@ def launch(
 ) -> dict[str, Any]:
     """Trains ``run`` in its folder, new or resumed, draws its curve, prints its results, returns its summary.
 
-    config: dataclass that config.json shall hold. name: of agent and settings, for titles.
+    stored: what config.json shall hold. name: of agent and settings, for titles.
     """
     check_memory(run, print)
     if resume:
         folder = RunFolder.open_for_resume(run_dir)
     else:
-        folder = RunFolder.create(run_dir, {"config": dataclasses.asdict(config)})
+        folder = RunFolder.create(run_dir, stored)
     use_compilation_cache()
     task = run.source.spec.name
     with folder:

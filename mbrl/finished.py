@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -13,18 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from mbrl import checkpoints, evaluation, video
+from mbrl.agents.planning import assemble, default_search
 from mbrl.config import choose, config_type, load_factory, override, resolve
 from mbrl.drivers import Source, make_pool, make_source
 from mbrl.errors import UserError, check_at_least
 from mbrl.imagination import rollout
+from mbrl.planning import PlanConfig
 from mbrl.programs import EVALUATE, LoopConfig, stream
 from mbrl.run_folder import RunFolder
 from mbrl.seeds import Seeds
 from mbrl.types import Agent, Array, PyTree, Starts, Trajectory, WorldModel
 
 # Import paths, not imports: parts of an agent load only when a run names them.
-WORLD_MODELS = "world_models:REGISTRY"
-AGENTS = {"dreamer": "mbrl.agents.dreamer:make"}
+AGENTS = {"dreamer": "mbrl.agents.dreamer", "tdmpc": "mbrl.agents.tdmpc"}
 
 
 class Parts(NamedTuple):
@@ -36,23 +39,32 @@ class Parts(NamedTuple):
     loop: LoopConfig
 
 
-def rebuild(config: Mapping[str, Any]) -> Parts:
-    """The parts of a run from ``config.json``'s entry "config".
+def rebuild(stored: Mapping[str, Any]) -> Parts:
+    """The parts of a run from what its ``config.json`` holds.
 
     Raises UserError when the settings are those of another release, or when the task is not installed here.
     """
+    rules = resolve("planners:REGISTRY")
     try:
-        factory = load_factory("world_model", config["world_model"], resolve(WORLD_MODELS))
-        model_config = override(config_type(factory)(), config["model"])
-        make_agent = load_factory("behaviour", config.get("behaviour", "dreamer"), AGENTS)
-        agent_config = override(config_type(make_agent)(), config["agent"])
+        config, kind = stored["config"], choose("agent", stored.get("agent", "dreamer"), list(AGENTS))
+        name = config.get("world_model", kind)  # TD-MPC2 has one world model, of its own name
+        factory = load_factory("world_model", name, resolve("world_models:REGISTRY"))
+        agents = importlib.import_module(AGENTS[kind])
+        planner = config.get("planner", "none")
+        settings = SimpleNamespace(
+            model=override(config_type(factory)(), config["model"]),
+            agent=override(config_type(agents.make)(), config["agent"]),
+            planner=planner,
+            search=override(default_search(planner, rules), config.get("search", {})),
+            plan=override(PlanConfig(), config.get("plan", {})),
+        )
         loop = override(LoopConfig(), config["loop"])
         source = make_source(config["task"], loop.action_repeat)
     except KeyError as error:
         raise UserError(f"config.json has no entry {error}, so the run cannot be rebuilt") from error
-    model = factory(model_config, source.spec)
+    model = factory(settings.model, source.spec)
     # The length of the run shapes the learning rate only, and a finished run learns no more.
-    agent = make_agent(agent_config, source.spec, model, model_config.discount, 1)
+    agent = assemble(agents, settings, source.spec, model, 1, rules)
     return Parts(source, model, agent, loop)
 
 
@@ -63,8 +75,7 @@ def load(run_dir: str | os.PathLike) -> Finished:
     or one of other code.
     """
     stored = RunFolder.config_of(run_dir)
-    config = stored.get("config", {})
-    parts = rebuild(config)
+    parts, config = rebuild(stored), stored["config"]
     seeds = Seeds.make(config["seed"], config["num_seeds"])
     shapes = jax.eval_shape(seeds.program(parts.agent.init), seeds.keys())
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=seeds.sharding), shapes)

@@ -3,6 +3,7 @@ the loop."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -93,7 +94,7 @@ def tiny_tdmpc_run(source: Source, seeds: Seeds) -> Run:
     search = mppi.MPPIConfig(horizon=2, iterations=2, samples=6, elites=3, policy_samples=2)
     simulator = tdmpc.make_simulator(config, source.spec, model, 0.9)
     planner = make_planner(simulator, mppi.make(search, source.spec.action))
-    agent = with_planner(agent, planner, make_objective(), tdmpc.acting_params)
+    agent = with_planner(agent, planner, make_objective(), partial(tdmpc.acting_params, config))
     return Run(agent, source, seeds, loop_config, clock, length)
 
 

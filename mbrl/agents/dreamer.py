@@ -171,8 +171,9 @@ def behaviour(config: DreamerConfig, spec: EnvSpec) -> Behaviour:
     return Behaviour(actor, critic, policy, value)
 
 
-def make_simulator(config: DreamerConfig, spec: EnvSpec, model: WorldModel) -> Simulator:
-    """What a planner needs of Dreamer: its parameters are those of `acting_params`."""
+def make_simulator(config: DreamerConfig, spec: EnvSpec, model: WorldModel, discount: float) -> Simulator:
+    """What a planner needs of Dreamer; its parameters are those of `acting_params`. discount: not needed, as
+    the model's ``cont`` holds it."""
     _, _, policy, value = behaviour(config, spec)
 
     def act(params, features, key):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 
 from mbrl.config import config_type, load_factory
+from mbrl.losses import episode_discount
 from mbrl.planning import (
     Objective,
     Planner,
@@ -17,7 +20,7 @@ from mbrl.planning import (
     make_objective,
     make_planner,
 )
-from mbrl.types import Agent, Array, EnvSpec, Simulator
+from mbrl.types import Agent, Array, EnvSpec, WorldModel
 
 
 class PlanningState(NamedTuple):
@@ -67,19 +70,23 @@ def default_search(name: str, registry: Mapping[str, str]) -> RuleConfig:
     return RuleConfig() if name == "none" else config_type(find_rule(name, registry))()
 
 
-def planned(
-    agent: Agent,
-    simulator: Simulator,
-    acting_params: Callable[[Any, str], Any],
-    config: Any,
-    registry: Mapping[str, str],
-    spec: EnvSpec,
+def assemble(
+    agents: ModuleType, config: Any, spec: EnvSpec, model: WorldModel, updates: int, rules: Mapping[str, str]
 ) -> Agent:
-    """The agent, acting by the planner that an experiment's config names in ``planner``, with the settings in
-    ``search`` and ``plan``; as it is for ``none``. The discount is in the model's ``cont``."""
+    """The agent of a module of `mbrl.agents` with the settings ``config.agent``, on ``model``, acting by the
+    planner that ``config.planner`` names with the settings ``config.search`` and ``config.plan``; by its
+    policy for ``none``.
+
+    The module has make, make_simulator and acting_params. updates: length of the run. rules: search rules by
+    name.
+    """
     check_numbers(config.plan)
+    discount = config.model.discount or episode_discount(spec.max_steps)
+    agent = agents.make(config.agent, spec, model, discount, updates)
     if config.planner == "none":
         return agent
-    rule = find_rule(config.planner, registry)(config.search, spec.action)
+    simulator = agents.make_simulator(config.agent, spec, model, discount)
+    rule = find_rule(config.planner, rules)(config.search, spec.action)
     planner = make_planner(simulator, rule, config.plan)
-    return with_planner(agent, planner, make_objective(), acting_params)
+    # The objective adds no discount: it is in the model's ``cont``.
+    return with_planner(agent, planner, make_objective(), partial(agents.acting_params, config.agent))

@@ -162,7 +162,7 @@ def make_simulator(config: TDMPCConfig, spec: EnvSpec, model: WorldModel, discou
     return simulator._replace(predict=predict)
 
 
-def acting_params(train: TrainState, mode: str) -> dict[str, Any]:
+def acting_params(config: TDMPCConfig, train: TrainState, mode: str) -> dict[str, Any]:
     """Parameters {"model", "critic", "actor"} that act, in both modes."""
     return train.params
 

@@ -32,8 +32,8 @@ def adapt(env: Any, params: Any, spec: EnvSpec) -> JaxEnv:
 
     def timestep(obs: Array, reward: Any, ends: Any, truncated: Any) -> TimeStep:
         terminal = jnp.asarray(ends, bool)
-        obs = {"state": jnp.asarray(obs, jnp.float32)}
-        return TimeStep(obs, jnp.asarray(reward, jnp.float32), terminal | truncated, terminal)
+        seen = {"state": jnp.asarray(obs, jnp.float32)}
+        return TimeStep(seen, jnp.asarray(reward, jnp.float32), terminal | truncated, terminal)
 
     def reset(key: Array) -> tuple[Any, TimeStep]:
         obs, state = env.reset_env(key, params)
@@ -48,7 +48,7 @@ def adapt(env: Any, params: Any, spec: EnvSpec) -> JaxEnv:
 
 def _load(task: str, name: str) -> tuple[Any, Any]:
     try:
-        import gymnax
+        import gymnax  # type: ignore[import-not-found]
     except ImportError:
         raise UserError(
             f"--task {task} needs gymnax, which is not installed: pip install 'mbrl-jax[gymnax]'"

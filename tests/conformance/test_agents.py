@@ -7,6 +7,7 @@ keeps the gradient as its state.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -89,7 +90,7 @@ def make_agent(config: DreamerConfig | TDMPCConfig, spec: EnvSpec, model: WorldM
                 return agent
             simulator = tdmpc.make_simulator(config, spec, model, TDMPC_MODEL.discount)
             planner = make_planner(simulator, mppi.make(SEARCH, spec.action))
-            return with_planner(agent, planner, make_objective(), tdmpc.acting_params)
+            return with_planner(agent, planner, make_objective(), partial(tdmpc.acting_params, config))
         model = rssm.make(MODEL, spec) if model is None else model
         return dreamer.make(config, spec, model, MODEL.discount, total_updates=100)
 

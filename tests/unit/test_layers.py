@@ -10,7 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("mbrl", "world_models", "planners", "experiments", "examples", "benchmarks", "tests")
-ENTRY_POINTS = ("mbrl.train", "mbrl.__main__")  # they wire parts together, like an experiment
+ENTRY_POINTS = (
+    "mbrl.train",
+    "mbrl.__main__",
+    "mbrl.finished",
+)  # they wire parts together, like an experiment
 
 # Who may not import what. A name stands for itself and everything below it.
 FORBIDDEN = {

@@ -48,7 +48,7 @@ def train():
 
 
 def planning(name: str, fields: dict[str, Any], greedy: bool = False):
-    simulator = dreamer.make_simulator(CONFIG, SPEC, MODEL)
+    simulator = dreamer.make_simulator(CONFIG, SPEC, MODEL, 1.0)
     if greedy:
         sample = simulator.policy
         simulator = simulator._replace(policy=lambda params, features, key: sample(params, features, None))
