@@ -40,18 +40,20 @@ def test_every_rule_has_a_row():
 
 @pytest.fixture(scope="module")
 def worlds():
-    """(model, parameters, acting states of two observations that differ in the last environment), by name."""
+    """(model, parameters, two acting states that differ in the last environment), by name."""
     made = {}
 
     def make(name: str, action: str):
         if (name, action) not in made:
             model = make_model(name, action)
             traj, params = make_trajectory(0, action), randomise(jax.jit(model.init)(jax.random.key(0)))
-            obs = {k: v[0] for k, v in traj.obs.items()}
-            other = obs | {"position": obs["position"].at[-1].add(1.0)}
-            step = jax.jit(model.observe_step)
-            start = model.init_state(params, B), traj.action[0]
-            states = [step(params, *start, o, jnp.ones(B, bool), jax.random.key(1)) for o in (obs, other)]
+            state, step = model.init_state(params, B), jax.jit(model.observe_step)
+            states = []
+            for t in range(2):
+                obs = {k: v[t] for k, v in traj.obs.items()}
+                state = step(params, state, traj.action[t], obs, jnp.full(B, t == 0), jax.random.key(t))
+                states.append(state)
+            states[1] = jax.tree.map(lambda a, b: a.at[-1].set(b[-1]), *states)
             made[name, action] = model, params, states
         return made[name, action]
 

@@ -315,6 +315,7 @@ GOOD = LoopConfig()
         ({"replay_size": 100}, "loop.replay_size"),
         ({"prefill": 10_000_000}, "loop.prefill"),
         ({"freeze_after": 0}, "loop.freeze_after"),
+        ({"pretrain": -1}, "loop.pretrain"),
     ],
 )
 def test_impossible_clocks_are_refused(changes, message):
@@ -322,6 +323,14 @@ def test_impossible_clocks_are_refused(changes, message):
     make_clock(GOOD, 500_000, 65)
     with pytest.raises(UserError, match=message):
         make_clock(dataclasses.replace(GOOD, **changes), 500_000, 65)
+
+
+def test_burst_of_updates_counts_from_the_first_iteration_that_learns():
+    """A checkpoint at the end of prefill lies before it, every later one behind it."""
+    clock = make_clock(dataclasses.replace(GOOD, pretrain=7), 500_000, 65)
+    assert clock.updates_until(clock.prefill) == 0
+    assert clock.updates_until(clock.prefill + 2) == 7 + 2 * clock.updates
+    assert clock.total_updates == 7 + (clock.total - clock.prefill) * clock.updates
 
 
 def test_all_finite():

@@ -105,7 +105,7 @@ def test_too_much_memory_is_refused_before_the_folder_is_made(command, tmp_path)
         "--critics 1",
         "--agent.critics 1",
         "--planner mpi",
-        "--search.samples 8 --search.elites 9",
+        "--search.elites 65",
         "--model.latent 12",
         "--preset 5m",
         "--loop.pretrain -1",

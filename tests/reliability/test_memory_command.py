@@ -54,7 +54,7 @@ def test_bad_input_is_one_sentence(command, tmp_path, flags, words):
 def test_a_probe_leaves_its_accuracies(command, tmp_path, capsys):
     """Per seed, for every examination; metrics, picture and settings as every run has them."""
     folder = tmp_path / "probe"
-    flags = "--gap 3 --num-seeds 2 --probe.updates 4 --probe.eval-every 2 --probe.eval-episodes 16"
+    flags = "--gap 3 --num-seeds 2 --probe.observed 2 --probe.updates 4 --probe.eval-every 2 --probe.eval-episodes 16"
     command([*MODEL, *flags.split(), "--probe.batch-size", "4", "--run-dir", str(folder)])
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["task"], summary["world_model"], summary["updates"]) == ("recall:3", "s4wm", 4)

@@ -18,7 +18,9 @@ from mbrl.distributions import symlog_two_hot, tanh_normal
 from mbrl.errors import UserError
 from mbrl.networks import NormedMLP, apply, mish, simnorm
 from mbrl.presets import TDMPC
+from mbrl.programs import LoopConfig, make_clock
 from mbrl.types import ArraySpec, EnvSpec, Trajectory
+from planners.mppi import MPPIConfig
 from world_models import tdmpc as model_file
 from world_models.tdmpc import TDMPCModelConfig
 
@@ -217,6 +219,22 @@ def test_parameter_count(name):
     assert float(f"{kernels / 1e6:.3g}") == PUBLISHED[name]
     total = sum(np.prod(x.shape) for _, x in leaves)
     assert kernels < total < 1.02 * kernels  # biases and norms
+
+
+@pytest.mark.parametrize("name", TDMPC)
+def test_preset_is_consistent(name):
+    """Every field exists (override refuses unknown ones); updates per agent step as published, or half of it; the
+    seed phase is 5 episodes of 500 steps and as many updates."""
+    values = TDMPC[name]
+    loop = override(LoopConfig(), values["loop"])
+    search = override(MPPIConfig(), values["search"].get("mppi", {}))
+    clock = make_clock(loop, 100_000, loop.batch_length + 1)
+    assert loop.batch_length == search.horizon == 3 and loop.prefill_random and not loop.replay_online
+    per_step = clock.updates / (clock.rows * loop.num_envs)
+    assert clock.rows == 1 and per_step == (0.5 if name == "s" else 1.0)
+    if name != "s":
+        assert (loop.prefill, loop.pretrain, loop.num_envs, loop.batch_size) == (2500, 2500, 1, 256)
+        assert (search.samples, search.elites, search.policy_samples, search.iterations) == (512, 64, 24, 6)
 
 
 def test_parameters_of_5m_by_hand():
