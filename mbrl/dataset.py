@@ -54,7 +54,8 @@ def from_run(run_dir: str | os.PathLike) -> Dataset:
     inserted = arrays.pop(".replay.inserted")
     rows = {path.removeprefix(".replay.data."): x for path, x in arrays.items()}
     fields: dict[str, Any] = {k: rows[k] for k in _FIELDS}
-    data = Trajectory(obs={k: rows[f"obs[{k!r}]"] for k in spec.obs}, **fields)
+    fields["obs"] = {k: rows[f"obs[{k!r}]"] for k in spec.obs}
+    data = Trajectory(**fields)
     episodes = []
     for seed, written in enumerate(inserted):
         columns = _map(lambda x, seed=seed, n=int(written): _unrolled(x[seed], n), data)

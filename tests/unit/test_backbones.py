@@ -84,7 +84,7 @@ def test_memory_of_imagination_with_attention():
     assert memory.temp_size_in_bytes + memory.output_size_in_bytes <= 200e6
 
 
-@pytest.mark.parametrize("name", world_models.REGISTRY)
+@pytest.mark.parametrize("name", world_models.LATENT)
 def test_small_presets_are_comparable(name):
     """With preset s every world model has about as many parameters as RSSM."""
     count = lambda name: sum(x.size for x in jax.tree.leaves(shapes(name)))
