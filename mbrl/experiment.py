@@ -102,7 +102,8 @@ def execute(
     """Trains and evaluates; returns the summary that the run folder gets.
 
     kind: of agent, as `mbrl.load` knows it. make_agent(config, spec, total updates).
-    extra_rows: rows of a sampled sequence beside the ``loop.batch_length`` that are trained. name: of the agent, for titles.
+    extra_rows: rows of a sampled sequence beside the ``loop.batch_length`` that are trained.
+    name: of the agent, for titles.
     """
     check_config(config)
     if config.debug:
