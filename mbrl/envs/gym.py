@@ -7,6 +7,7 @@ actions Box or Discrete.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -46,8 +47,7 @@ def make(env_id: str, seed: int, action_repeat: int = 1, **options: Any) -> Gymn
 def _without_notices():
     """Hide MuJoCo's notes on deprecated attributes in gymnasium's own models: a line for each environment,
     and a file MUJOCO_LOG.TXT in the current folder."""
-    import mujoco
-
+    mujoco: Any = importlib.import_module("mujoco")
     before = mujoco.get_mju_user_warning()
     mujoco.set_mju_user_warning(lambda message: None)
     try:
