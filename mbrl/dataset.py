@@ -52,10 +52,8 @@ def from_run(run_dir: str | os.PathLike) -> Dataset:
     config = stored["config"]
     spec = make_source(config["task"], config["loop"]["action_repeat"]).spec
     inserted = arrays.pop(".replay.inserted")
-    rows = {path.removeprefix(".replay.data."): x for path, x in arrays.items()}
-    fields: dict[str, Any] = {k: rows[k] for k in _FIELDS}
-    fields["obs"] = {k: rows[f"obs[{k!r}]"] for k in spec.obs}
-    data = Trajectory(**fields)
+    rows: dict[str, Any] = {path.removeprefix(".replay.data."): x for path, x in arrays.items()}
+    data = Trajectory(obs={k: rows[f"obs[{k!r}]"] for k in spec.obs}, **{k: rows[k] for k in _FIELDS})
     episodes = []
     for seed, written in enumerate(inserted):
         columns = _map(lambda x, seed=seed, n=int(written): _unrolled(x[seed], n), data)
@@ -181,10 +179,11 @@ def _chunks(episodes: Sequence[Trajectory], rows: int) -> Iterator[list[Trajecto
 
 
 def _write_chunk(path: Path, episodes: list[Trajectory]) -> None:
-    arrays: dict[str, Any] = {name: np.concatenate([getattr(e, name) for e in episodes]) for name in _FIELDS}
+    arrays: dict[str, Any] = {k: np.concatenate([getattr(e, k) for e in episodes]) for k in _FIELDS}
     arrays |= {f"obs/{key}": np.concatenate([e.obs[key] for e in episodes]) for key in episodes[0].obs}
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, lengths=np.array([len(e.reward) for e in episodes]), **arrays)
+    lengths = np.array([len(e.reward) for e in episodes])
+    np.savez_compressed(buffer, allow_pickle=False, lengths=lengths, **arrays)
     write_atomic(path, buffer.getvalue())
 
 
