@@ -92,7 +92,7 @@ class Planner(NamedTuple):
     plan(params, objective, warm [E], state [E], is_first [E], key, mode) -> (action [E, A], warm, info);
         state: acting states of the simulator; is_first forgets an environment's warm start; mode as in
         `Agent.act`. info: "best", "mean" and "std" [I, E], the best and mean score and the spread of the
-        candidates at each iteration, nan where no search was due
+        candidates at each iteration, nan where no search was due or no score finite
     """
 
     init: Callable[[int], PlanState]
@@ -160,21 +160,19 @@ def evaluate(
     follow = lambda features, key, t: actions[t]
     states, _ = rollout(simulator, params, starts, follow, step_key, actions.shape[0])
     said = simulator.predict(params, jax.tree.map(lambda x: x[1:], states))
-    gain = said.reward + weigh(objective, said.uncertainty)
-    reach = jnp.cumprod(objective.discount * said.cont, 0)
-    score = gain[0] + (reach[:-1] * gain[1:]).sum(0)
-    known = set(said.uncertainty)
+    tail, known = jnp.zeros(said.reward.shape[1:]), set(said.uncertainty)
     if simulator.value is not None:
         features = simulator.features(params, jax.tree.map(lambda x: x[-1], states))
         value = simulator.value(params, features, value_key)
         value, uncertainty = value if isinstance(value, tuple) else (value, {})
-        score += objective.value * reach[-1] * (value + weigh(objective, uncertainty))
-        known |= set(uncertainty)
+        tail, known = objective.value * (value + weigh(objective, uncertainty)), known | set(uncertainty)
     for name in objective.uncertainty:
         if name not in known:
             allowed = ", ".join(sorted(known)) or "none"
             raise UserError(f"the objective weighs uncertainty {name!r}, but this model has: {allowed}")
-    return score
+    gain = said.reward + weigh(objective, said.uncertainty)
+    backward = lambda score, step: (step[0] + step[1] * score, None)
+    return jax.lax.scan(backward, tail, (gain, objective.discount * said.cont), reverse=True)[0]
 
 
 def weigh(objective: Objective, uncertainty: dict[str, Array]) -> Any:
@@ -189,13 +187,11 @@ def expand(states: State, lead: tuple[int, ...]) -> State:
 
 def reduce_risk(scores: Array, risk: str, fraction: float) -> Array:
     """Scores of particles [N, P, E] -> [N, E]. A particle that is not finite makes its candidate so."""
-    if risk == "mean":
-        return scores.mean(1)
-    if risk == "worst":
-        return scores.min(1)
-    tail = max(1, round(fraction * scores.shape[1]))
-    worst = jnp.sort(scores, 1)[:, :tail].mean(1)  # sorts nan last
-    return jnp.where(jnp.isfinite(scores).all(1), worst, -jnp.inf)
+    finite = jnp.isfinite(scores).all(1)
+    if risk != "mean":
+        tail = 1 if risk == "worst" else max(1, round(fraction * scores.shape[1]))
+        scores = jnp.sort(scores, 1)[:, :tail]
+    return jnp.where(finite, scores.mean(1), -jnp.inf)
 
 
 def where_env(condition: Array, yes: PyTree, no: PyTree) -> PyTree:

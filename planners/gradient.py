@@ -49,7 +49,8 @@ class Search(NamedTuple):
 
 
 def make(config: GradientConfig, action: ArraySpec) -> SearchRule:
-    """Continuous actions. Steps are clipped to [-1, 1]; a gradient that is not finite moves nothing."""
+    """Continuous actions. Steps are clipped to [-1, 1]; a gradient that is not finite moves nothing, and a
+    sequence whose score is not goes back to the best so far."""
     refuse_discrete("gradient", action)
     check(config)
     check_at_least("search.cem_iterations", config.cem_iterations, 0)
@@ -88,7 +89,9 @@ def make(config: GradientConfig, action: ArraySpec) -> SearchRule:
             return search._replace(cem=found, population=search.population.at[0].set(found.mean))
         gradients = jnp.where(jnp.isfinite(gradients), gradients, 0.0)
         updates, optimiser = adam.update(-gradients, search.optimiser)
-        population = jnp.clip(optax.apply_updates(search.population, updates), -1.0, 1.0)  # type: ignore[arg-type]
+        moved: Any = optax.apply_updates(search.population, updates)
+        finite = jnp.isfinite(scores)[:, None, None]
+        population = jnp.where(finite, jnp.clip(moved, -1.0, 1.0), search.sequence)
         return search._replace(population=population, optimiser=optimiser)
 
     def shift(search: Search, steps: int):

@@ -61,6 +61,8 @@ def command():
         ("--agent.lam 1.5", ["agent.lam", "1.5", "between 0 and 1"]),
         ("--agent.optimiser.learning-rate nan", ["optimiser.learning_rate", "nan"]),
         ("--task probe_action_discrete", ["agent.actor_grad", "dynamics", "discrete"]),
+        ("--planner mpi", ["--planner", "mpi", "mppi", "none"]),
+        ("--planner mppi --search.samples 32", ["search.elites", "64", "search.samples"]),
         ("--debug --num-seeds 2", ["--debug", "num_seeds is 2"]),
         ("--loop.replay-size 4", ["loop.replay_size", "4"]),
         ("--resume", ["run"]),

@@ -1,7 +1,7 @@
 """What planners reach with the true model of the cartpole swing-up, as a table for docs/planners.md.
 
-python benchmarks/planners.py            # every row
-python benchmarks/planners.py random icem  # those whose planner is named
+python benchmarks/planning.py            # every row
+python benchmarks/planning.py random icem  # those whose planner is named
 """
 
 from __future__ import annotations
