@@ -12,10 +12,14 @@ from typing import Any
 Preset = dict[str, dict[str, Any]]
 
 
+ATTENTION = ("transformer", "storm", "transdreamer")
+FRAME = ("s4wm", "r2i", "koopman", *ATTENTION)  # with a posterior from the frame alone
+
+
 def _attention(fields: dict[str, Any]) -> Preset:
     """The transformers, whose memory is too large to store with every step."""
-    names = ("transformer", "storm", "transdreamer")
-    return dict.fromkeys(names, fields) | {f"agent/{name}": {"replay_context": False} for name in names}
+    without = {f"agent/{name}": {"replay_context": False} for name in ATTENTION}
+    return {name: dict(fields) for name in ATTENTION} | without
 
 
 def _published(deter: int, hidden: int, classes: int) -> Preset:
@@ -88,6 +92,16 @@ def _small(deter: int, stoch: int, classes: int, layers: int) -> Preset:
     }
 
 
+def _s() -> Preset:
+    """A latent that is inferred from the frame alone must say all of it, where RSSM's adds to what h predicts:
+    four times the bits, and dynamics that must predict them to a tenth of a nat."""
+    preset = _small(deter=64, stoch=8, classes=4, layers=2)
+    for name in FRAME:
+        preset[name] |= {"stoch": 16, "classes": 8, "free_nats": 0.1}
+        preset[f"agent/{name}"] = preset.get(f"agent/{name}", {}) | {"scale_rec": 30.0}
+    return preset
+
+
 def _xs() -> Preset:
     preset = _small(deter=32, stoch=4, classes=4, layers=1)
     preset["agent"] |= {"imag_starts": 16, "horizon": 10}
@@ -117,7 +131,7 @@ MEMORY = _memory()
 
 DREAMER: dict[str, Preset] = {
     "xs": _xs(),
-    "s": _small(deter=64, stoch=8, classes=4, layers=2),
+    "s": _s(),
     "size1m": _published(deter=512, hidden=64, classes=4),
     "size12m": _published(deter=2048, hidden=256, classes=16),
     "size25m": _published(deter=3072, hidden=384, classes=24),
