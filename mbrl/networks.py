@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Shaped
 
 from mbrl.types import ArraySpec
 
-# Standard deviation of a unit normal truncated to [-2, 2]; dividing by it restores unit variance.
 MAX_LAYERS = 100  # compile time grows with the layers: a slip of the finger must not trace for hours
+# Standard deviation of a unit normal truncated to [-2, 2]; dividing by it restores unit variance.
 TRUNCATED_STD = 0.87962566
 
 
@@ -50,13 +50,13 @@ class Linear(nn.Module):
 
     units: int
     outscale: float = 1.0
-    init: Callable[..., Any] | None = None
+    kernel_init: Callable[..., Any] | None = None
     """Initialiser of the kernel where it is another one."""
 
     @nn.compact
     def __call__(self, x: Shaped[Array, "*batch i"]) -> Shaped[Array, "*batch o"]:
         fan_in = x.shape[-1]
-        init = self.init or trunc_normal_in(fan_in, self.outscale)
+        init = self.kernel_init or trunc_normal_in(fan_in, self.outscale)
         kernel = self.param("kernel", init, (fan_in, self.units))
         bias = self.param("bias", nn.initializers.zeros, (self.units,))
         return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
@@ -187,7 +187,7 @@ class NormedMLP(nn.Module):
         return simnorm(LayerNorm(name="out_norm")(x), self.simnorm) if self.simnorm else x
 
     def _linear(self, name: str, x: Array, units: int, std: float = 0.02) -> Array:
-        return Linear(units, init=nn.initializers.normal(std), name=name)(x)
+        return Linear(units, kernel_init=nn.initializers.normal(std), name=name)(x)
 
 
 def flatten_obs(

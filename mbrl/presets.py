@@ -113,7 +113,10 @@ def _memory() -> Preset:
     """For memory tasks, whose episodes are short and whose actions are discrete. Attention sees 128 steps."""
     preset = _small(deter=64, stoch=8, classes=4, layers=1)
     preset["model"] |= {"bins": 15, "bin_limit": 1.0}
-    preset["transformer"] |= {"window": 128}
+    for name in ("s4wm", "r2i", *ATTENTION):
+        preset[name] |= {"width": 64}
+    for name in ATTENTION:
+        preset[name] |= {"window": 128}
     preset["agent"] |= {"actor_grad": "reinforce", "bins": 15, "bin_limit": 1.0}
     preset["loop"] |= {"batch_length": 64}
     preset["s4wm"] |= {"discretise": "unit"}

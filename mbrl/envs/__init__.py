@@ -100,7 +100,8 @@ def check(env: JaxEnv | Callable[[int], Any], random_starts: bool = True) -> boo
 
 
 def _is_own(name: str) -> bool:
-    return ":" in name and not name.startswith(GYM) and name.partition(":")[0] not in REGISTRY
+    """Whether the name has the form MODULE:FACTORY; what follows the colon of a memory task is a number."""
+    return name.partition(":")[2].isidentifier() and not name.startswith(GYM)
 
 
 def _own(name: str) -> Callable[..., Any]:

@@ -95,10 +95,11 @@ def closed_loop(planner, state: Point):
     return jax.lax.scan(body, (state, planner.init(E)), inputs)[1]
 
 
-# Small budgets that suffice for two dimensions. The cost is of order 0.1, which wants a high temperature.
+# Small budgets that suffice for two dimensions. The cost is of order 0.1, which wants a high temperature; but a
+# much higher one lets one elite decide, and the spread collapses around the first.
 SHORT = dict(horizon=4, samples=64)
 RULES = {
-    "mppi": SHORT | dict(policy_samples=0, samples=128, elites=16, temperature=1e4, min_std=0.01),
+    "mppi": SHORT | dict(policy_samples=0, samples=256, elites=16, temperature=50.0, min_std=0.01),
     "mppi_classic": SHORT
     | dict(iterations=4, samples=128, elites=128, temperature=1000.0, min_std=0.2, max_std=0.2),
     "cem": SHORT | dict(elites=8),

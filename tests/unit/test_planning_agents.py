@@ -60,12 +60,13 @@ def planning(name: str, fields: dict[str, Any], greedy: bool = False):
 
 def episode(agent, train, mode: str, steps: int = 4):
     """Actions [steps, E, A]; one environment begins an episode in the middle."""
-    act, actor = jax.jit(agent.act, static_argnums=5), agent.init_actor(train, E)
+    # A function of its own: all jits of one function share a cache.
+    act, actor = jax.jit(lambda *args: agent.act(*args, mode)), agent.init_actor(train, E)
     rng, actions = np.random.default_rng(0), []
     for t in range(steps):
         obs = {"state": jnp.float32(rng.normal(size=(E, 3)))}
         first = jnp.array([t == 0, t == 0, t in (0, 2)])
-        action, actor, info = act(train, actor, obs, first, jax.random.key(0), mode)
+        action, actor, info = act(train, actor, obs, first, jax.random.key(0))
         actions.append(action)
         assert info["latent"] is not None
     assert act._cache_size() == 1
