@@ -93,7 +93,7 @@ def _small(deter: int, stoch: int, classes: int, layers: int) -> Preset:
 
 
 def _s() -> Preset:
-    """A latent that is inferred from the frame alone must say all of it, where RSSM's adds to what h predicts:
+    """A latent inferred from the frame alone must say all of it, where RSSM's adds to what h predicts: it gets
     four times the bits, and dynamics that must predict them to a tenth of a nat."""
     preset = _small(deter=64, stoch=8, classes=4, layers=2)
     for name in FRAME:
