@@ -155,5 +155,5 @@ def observe(state: State) -> dict[str, Array]:
     angle = state.position[1]
     return {
         "position": jnp.stack([state.position[0], jnp.cos(angle), jnp.sin(angle)]),
-        "velocity": state.velocity,
+        "velocity": state.velocity.copy(),  # leaves that share a buffer cannot be donated
     }
