@@ -140,7 +140,10 @@ def run_agent(config: Config, source: Source, model: WorldModel, seeds: Seeds, r
     clock = make_clock(loop, config.steps, length)
     agent = dreamer.make(config.dreamer, source.spec, model, config.model.discount, clock.total_updates)
     run = Run(agent, source, seeds, loop, clock, length)
-    launch(run, {"config": dataclasses.asdict(config)}, run_dir, f"Dreamer, {config.world_model}")
+    # As mbrl.load knows an agent's run; there is no preset, so dreamer_dmc.py refuses to resume it.
+    settings = dataclasses.asdict(config)
+    settings |= {"task": source.spec.name, "agent": settings.pop("dreamer")}
+    launch(run, {"agent": "dreamer", "config": settings}, run_dir, f"Dreamer, {config.world_model}")
 
 
 def main(argv: Sequence[str]) -> None:

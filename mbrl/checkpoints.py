@@ -147,7 +147,9 @@ def _newest(folder: str | os.PathLike) -> tuple[Path, dict[str, Any]]:
 def _read(directory: Path, body: dict[str, Any], like: Any, part: str) -> Restored:
     wanted = _flatten(like)
     below = (f"{part}.", f"{part}[") if part else ""
-    numbers = [i for i, leaf in enumerate(body["leaves"]) if leaf["path"].startswith(below)]
+    numbers = [
+        i for i, leaf in enumerate(body["leaves"]) if leaf["path"].startswith(below) or leaf["path"] == part
+    ]
     stored = [body["leaves"][i] for i in numbers]
     _check_same(directory, stored, [_describe(part + path, leaf) for path, leaf in wanted])
     arrays = _read_arrays(directory / "state", numbers, [_target(leaf) for _, leaf in wanted])

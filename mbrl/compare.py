@@ -100,21 +100,27 @@ def methods_of(folders: Sequence[str], prefix: str = "") -> list[Method]:
             named.setdefault(name, []).append(read(path))
         else:
             result = read(folder)
-            settings = {k: v for k, v in result.config.items() if k not in _INCIDENTAL}
+            settings = _settings(result)
             unnamed.setdefault(json.dumps(settings, sort_keys=True), []).append(result)
     found = [Method(prefix + name, runs) for name, runs in named.items()]
     groups = list(unnamed.values())
     return found + [Method(prefix + name, runs) for name, runs in zip(_names(groups), groups)]
 
 
+def _settings(result: Result) -> dict[str, Any]:
+    """What makes a method: the kind of agent and its settings."""
+    own = {k: v for k, v in result.config.items() if k not in _INCIDENTAL}
+    return {"kind": result.agent} | own
+
+
 def _names(groups: list[list[Result]]) -> list[str]:
-    """Of the settings that differ: world model and preset if they tell the groups apart, else all."""
-    flat = [{k: v for k, v in flatten(runs[0].config) if k not in _INCIDENTAL} for runs in groups]
+    """Of the settings that differ: agent, world model and preset if they tell the groups apart, else all."""
+    flat = [dict(flatten(_settings(runs[0]))) for runs in groups]
     keys = {key: None for one in flat for key in one}
     differing = [k for k in keys if len({json.dumps(one.get(k)) for one in flat}) > 1]
-    main = [k for k in ("agent_name", "world_model", "preset") if k in keys]
+    main = [k for k in ("kind", "world_model", "preset") if k in keys]
     chosen = [k for k in main if k in differing] or ([] if differing else main)
-    names = [", ".join(str(one.get(k)) for k in chosen) for one in flat]
+    names = [", ".join(str(one[k]) for k in chosen if k in one) for one in flat]
     if len(set(names)) < len(names) or not all(names):
         rest = [k for k in differing if k not in main][:3]
         names = [

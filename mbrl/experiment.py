@@ -14,6 +14,7 @@ import tyro
 from mbrl.config import check_config, differences, early_flags, override
 from mbrl.drivers import make_source
 from mbrl.errors import UserError
+from mbrl.finished import learned_by
 from mbrl.memory import check_memory
 from mbrl.programs import LoopConfig, make_clock
 from mbrl.run_folder import RunFolder
@@ -27,7 +28,8 @@ class Experiment:
     """Flags that every experiment has; an experiment's config adds its parts."""
 
     task: str = "cartpole_swingup"
-    """A dm_control task by its usual name (walker_walk, cup_catch, ...), or a JAX environment (pendulum)."""
+    """A dm_control task by its usual name (walker_walk, cup_catch, ...), a JAX environment (pendulum,
+    tmaze:20), gym:NAME of gymnasium, or module:function of your own."""
     preset: str = "s"
     """Named settings that other flags override: those named by letters for a CPU, the others as published."""
     seed: int = 0
@@ -43,7 +45,7 @@ class Experiment:
     from_run: str = ""
     """Start from what the agents in another run folder have learned; optimiser and replay start afresh."""
     video: bool = False
-    """Film one episode of the final policy into videos/ of the run folder (dm_control tasks only)."""
+    """Film one episode of the final policy into videos/ of the run folder (dm_control and gymnasium)."""
     debug: bool = False
     """Run the same code without compiling, one seed: slow, for breakpoints and prints."""
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -78,14 +80,19 @@ def parse(
 
 def resumed(argv: Sequence[str], default: Callable[..., C], run_dir: str, parts: dict[str, str]) -> C:
     """The stored config; flags may repeat it but not change it."""
-    stored = RunFolder.config_of(run_dir)["config"]
+    stored = RunFolder.config_of(run_dir).get("config", {})
+    if "preset" not in stored:
+        raise UserError(
+            f"--run-dir {run_dir} holds a run of another script, which cannot be resumed by this one"
+        )
     use_cpu_devices(stored["num_seeds"])
     # A run from before a part could be chosen has the default one.
     named = {name: stored.get(name, value) for name, value in parts.items()}
     config = override(default(stored["preset"], **named), stored)
     config = dataclasses.replace(config, run_dir=run_dir, resume=True)
-    given = tyro.cli(type(config), args=argv, default=dataclasses.replace(config, video=False, debug=False))
-    config = dataclasses.replace(config, video=given.video, debug=given.debug)
+    free = dataclasses.replace(config, video=False, debug=False, from_run="")  # they may change
+    given = tyro.cli(type(config), args=argv, default=free)
+    config = dataclasses.replace(config, video=given.video, debug=given.debug, from_run=given.from_run)
     if changed := differences(config, given):
         raise UserError(f"--resume continues a run as it was started, but {changed[0]} differs from it")
     return config
@@ -93,7 +100,7 @@ def resumed(argv: Sequence[str], default: Callable[..., C], run_dir: str, parts:
 
 def default_folder(*parts: str) -> str:
     """A new run folder under runs/, named by the time and ``parts``."""
-    return f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{'-'.join(parts).replace(':', '_')}"
+    return f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{'-'.join(parts).translate(str.maketrans(':/', '__'))}"
 
 
 def execute(
@@ -136,6 +143,8 @@ def launch(
     stored: what config.json shall hold. name: of agent and settings, for titles.
     """
     check_memory(run, print)
+    if from_run and not resume:  # before anything is written
+        learned_by(from_run, run.shapes().train, len(run.seeds))
     if resume:
         folder = RunFolder.open_for_resume(run_dir)
     else:

@@ -46,7 +46,10 @@ def rebuild(stored: Mapping[str, Any]) -> Parts:
     """
     rules = resolve("planners:REGISTRY")
     try:
-        config, kind = stored["config"], choose("agent", stored.get("agent", "dreamer"), list(AGENTS))
+        config = stored["config"]
+        if not isinstance(config.get("agent"), Mapping):
+            raise UserError("this run trained no agent, so there is none to load")
+        kind = choose("agent", stored.get("agent", "dreamer"), list(AGENTS))
         name = config.get("world_model", kind)  # TD-MPC2 has one world model, of its own name
         factory = load_factory("world_model", name, resolve("world_models:REGISTRY"))
         agents = importlib.import_module(AGENTS[kind])
@@ -84,10 +87,23 @@ def load(run_dir: str | os.PathLike) -> Finished:
 
 
 def start_from(run_dir: str | os.PathLike, train: PyTree, num_seeds: int) -> PyTree:
-    """``train`` [S, ...] of a new run with everything that another run has learned, but its optimiser.
+    """``train`` [S, ...] of a new run with everything that another run has learned, but its optimisers.
 
-    run_dir: a run with as many seeds, or with one, which then all start from. Raises UserError where there is
-    no such run, and where its networks are of other shapes.
+    run_dir: as for `learned_by`.
+    """
+    # A copy per seed on the devices of the new run: what is trained is donated.
+    spread = lambda x, to: jax.device_put(jnp.broadcast_to(x, to.shape).copy(), to.sharding)
+    found = learned_by(run_dir, train, num_seeds)
+    return train._replace(
+        **{name: jax.tree.map(spread, x, getattr(train, name)) for name, x in found.items()}
+    )
+
+
+def learned_by(run_dir: str | os.PathLike, train: PyTree, num_seeds: int) -> dict[str, PyTree]:
+    """The fields of ``train`` that another run has learned, [S, ...] or [1, ...].
+
+    run_dir: a run with as many seeds, or with one, which then all start from. train: of the new run, may be
+    abstract. Raises UserError where there is no such run, and where its networks are of other shapes.
     """
     count = RunFolder.config_of(run_dir).get("config", {}).get("num_seeds")
     if count not in (1, num_seeds):
@@ -99,13 +115,10 @@ def start_from(run_dir: str | os.PathLike, train: PyTree, num_seeds: int) -> PyT
         if not jax.tree.leaves(own):
             return own
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), own)
-        found = checkpoints.restore(Path(run_dir) / "checkpoints", like, part=f".train.{name}").state
-        # A copy per seed on the devices of the new run: what is trained is donated.
-        spread = lambda x, to: jax.device_put(jnp.broadcast_to(x, to.shape).copy(), to.sharding)
-        return jax.tree.map(spread, found, own)
+        return checkpoints.restore(Path(run_dir) / "checkpoints", like, part=f".train.{name}").state
 
-    fields = {name: getattr(train, name) for name in train._fields if name not in ("opt", "updates")}
-    return train._replace(**{name: taken(name, own) for name, own in fields.items()})
+    afresh = ("opt", "actor_opt", "updates")
+    return {name: taken(name, getattr(train, name)) for name in train._fields if name not in afresh}
 
 
 class Memory(NamedTuple):

@@ -46,8 +46,9 @@ def write(run_dir: str | os.PathLike, predict: bool = False) -> Path:
     if predict:
         from mbrl import finished, prediction  # here: a report without it needs no JAX
 
-        measured = prediction.measure(finished.load(run_dir))
-        write_json(result.path / PREDICTION, measured | {"frames": result.summary["env_steps"]})
+        run = finished.load(run_dir)
+        measured = prediction.measure(run)
+        write_json(result.path / PREDICTION, measured | {"frames": run.frames})
     path = result.path / "report.html"
     write_atomic(path, html(result, _stored_prediction(result.path)).encode())
     return path
@@ -81,7 +82,7 @@ def html(result: Result, predicted: dict[str, Any] | None = None) -> str:
 
 def _lead(result: Result) -> str:
     config = result.config
-    words = [config[name] for name in ("world_model", "preset") if name in config]
+    words = [result.agent, *(config[name] for name in ("world_model", "preset") if name in config)]
     when = datetime.datetime.fromtimestamp((result.path / "summary.json").stat().st_mtime)
     return f"{', '.join(words)}; run folder {result.path.resolve().name}, {when:%Y-%m-%d %H:%M}"
 
@@ -213,7 +214,7 @@ def _throughput(result: Result) -> str:
 
 def _prediction(result: Result, predicted: dict[str, Any] | None) -> str:
     if predicted is None:
-        hint = f"Not measured yet: python -m mbrl report {result.path.name} adds it."
+        hint = f"Not measured yet: in this folder, python -m mbrl report . adds it."
         return f"<h2>World model</h2><p class=note>{escape(hint)}</p>"
     if not predicted.get("error"):
         return ""

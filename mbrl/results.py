@@ -35,6 +35,10 @@ class Result(NamedTuple):
         return self.record["config"]
 
     @property
+    def agent(self) -> str:
+        return self.record.get("agent", "dreamer")
+
+    @property
     def task(self) -> str:
         return self.config["task"]
 
@@ -72,6 +76,8 @@ def read(path: str | os.PathLike) -> Result:
         raise UserError(f"{path} has no summary.json yet: its run has not been evaluated") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path / 'summary.json'} cannot be read: {error}") from error
+    if "evaluations" not in summary:
+        raise UserError(f"{path} holds no evaluations of an agent: its world model was trained alone")
     evaluations = summary["evaluations"]
     as_numbers = lambda values: np.array(values, np.float64)  # null, where a seed failed, is NaN
     return Result(

@@ -98,6 +98,7 @@ def train(
         while iteration < clock.total:
             learning, compiling = iteration >= clock.prefill, iteration in first_calls
             if iteration == clock.prefill and clock.pretrain:
+                progress.say(f"{clock.pretrain:,} updates on what was collected so far")
                 with timer("train"):
                     state, _ = jax.block_until_ready(programs.pretrain(state, keys))
             with timer("compile" if compiling else "train"):
@@ -160,7 +161,9 @@ def _environments(run: Run, programs: Programs):
 
 
 def _can_film(env: HostEnv | None) -> bool:
-    reason = "video is skipped: only dm_control tasks render" if env is None else video_module.problem(env)
+    reason = (
+        "video is skipped: only dm_control and gymnasium render" if env is None else video_module.problem(env)
+    )
     if reason:
         print(reason)
     return reason is None

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mbrl.errors import check_at_least
+from mbrl.errors import check_at_least, check_between
 from mbrl.planning import SearchRule, Stage
 from mbrl.types import Array, ArraySpec
 from planners import cem
@@ -54,6 +54,7 @@ def make(config: GradientConfig, action: ArraySpec) -> SearchRule:
     refuse_discrete("gradient", action)
     check(config)
     check_at_least("search.cem_iterations", config.cem_iterations, 0)
+    check_between("search.cem_elites", config.cem_elites, 1, config.cem_samples)
     check_positive(config, "learning_rate")
     check_positive(config, "std")
     adam = optax.adam(config.learning_rate)

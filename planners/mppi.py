@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mbrl.errors import UserError
+from mbrl.errors import UserError, check_at_least
 from mbrl.planning import SearchRule, Stage
 from mbrl.types import Array, ArraySpec
 from planners.common import (
@@ -32,7 +32,8 @@ class MPPIConfig(SearchConfig):
 
     horizon: int = 3
     iterations: int = 6
-    """Rounds of candidates per plan; TD-MPC2 adds 2 from 20 action dimensions on."""
+    extra_iterations: int = 2
+    """Further rounds from 20 action dimensions on."""
     samples: int = 512
     elites: int = 64
     """Best candidates that form the next mean and spread (K)."""
@@ -53,6 +54,7 @@ class ClassicMPPIConfig(MPPIConfig):
 
     horizon: int = 12
     iterations: int = 1
+    extra_iterations: int = 0
     elites: int = 512
     policy_samples: int = 0
     temperature: float = 1.0
@@ -80,7 +82,9 @@ def make(config: MPPIConfig, action: ArraySpec) -> SearchRule:
             f"search.min_std is {config.min_std}, it must be positive and at most search.max_std, "
             f"which is {config.max_std}"
         )
+    check_at_least("search.extra_iterations", config.extra_iterations, 0)
     discrete = action.classes is not None
+    iterations = config.iterations + (config.extra_iterations if action.size >= 20 else 0)
 
     def init_warm():
         return neutral(action, config.horizon)
@@ -125,7 +129,7 @@ def make(config: MPPIConfig, action: ArraySpec) -> SearchRule:
         shift,
         action=action,
         horizon=config.horizon,
-        stages=(Stage(config.iterations, config.samples),),
+        stages=(Stage(iterations, config.samples),),
         policy_samples=config.policy_samples,
     )
 

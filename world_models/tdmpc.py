@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mbrl.distributions import Bernoulli, symlog_two_hot
+from mbrl.distributions import Bernoulli, check_bins, symlog_two_hot
 from mbrl.errors import UserError, check_at_least, check_between
 from mbrl.losses import episode_discount
 from mbrl.networks import NormedMLP, apply, flatten_obs
@@ -171,12 +171,10 @@ def check(config: TDMPCModelConfig) -> None:
     """UserError for impossible values."""
     for field in ("latent", "simnorm", "encoder_layers", "encoder_units", "units"):
         check_at_least(f"model.{field}", getattr(config, field), 1)
-    for field in ("bin_limit", "encoder_lr_scale"):
-        check_at_least(f"model.{field}", getattr(config, field), 0)
+    check_at_least("model.encoder_lr_scale", config.encoder_lr_scale, 0)
     check_between("model.discount", config.discount, 0, 1)
     if config.latent % config.simnorm:
         raise UserError(
             f"model.latent is {config.latent}, it must be a multiple of model.simnorm, {config.simnorm}"
         )
-    if config.bins < 3 or config.bins % 2 == 0:
-        raise UserError(f"model.bins is {config.bins}, it must be odd and at least 3")
+    check_bins("model", config.bins, config.bin_limit)

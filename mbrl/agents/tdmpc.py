@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import optax
 
 from mbrl import losses, optimisers
-from mbrl.distributions import SymlogTwoHot, one_hot, symlog_two_hot, tanh_normal
-from mbrl.errors import UserError, check_at_least, check_between
+from mbrl.distributions import SymlogTwoHot, check_bins, one_hot, symlog_two_hot, tanh_normal
+from mbrl.errors import check_at_least, check_between
 from mbrl.networks import NormedMLP, apply
 from mbrl.optimisers import OptimiserConfig
 from mbrl.planning import simulator_of
@@ -88,13 +88,12 @@ def check(config: TDMPCConfig) -> None:
     check_at_least("agent.units", config.units, 1)
     check_at_least("agent.critics", config.critics, 2)
     scales = [f"scale_{k}" for k in ("consistency", "reward", "value", "termination")]
-    for name in ("bin_limit", "entropy", *scales):
+    for name in ("entropy", *scales):
         check_at_least(f"agent.{name}", getattr(config, name), 0)
     for name in ("rho", "scale_rate", "target_rate"):
         check_between(f"agent.{name}", getattr(config, name), 0, 1)
     check_between("agent.dropout", config.dropout, 0, 0.99)
-    if config.bins < 3 or config.bins % 2 == 0:
-        raise UserError(f"agent.bins is {config.bins}, it must be odd and at least 3")
+    check_bins("agent", config.bins, config.bin_limit)
 
 
 class Behaviour(NamedTuple):

@@ -154,7 +154,7 @@ def test_a_report_is_whole(tmp_path, seeds, task):
         assert words in shown, words
     assert ("published" in shown) == (task == "cup_catch") and ("IQM" in shown) == (seeds > 1)
     assert "frozen" not in shown  # never moved from zero
-    assert "python -m mbrl report run" in shown  # how to measure the world model
+    assert "python -m mbrl report ." in shown  # how to measure the world model
     assert 'name="viewport"' in text and "prefers-color-scheme:dark" in text
     assert len(text) < 1_000_000
 
@@ -243,7 +243,7 @@ def test_methods_are_grouped_by_their_settings(tmp_path):
     assert names == ["s, lam=None", "xs, lam=None", "xs, lam=0.5"]
     assert [m.name for m in compare.methods_of([f"mine={folders[0]}", str(folders[1])])] == [
         "mine",
-        "rssm, s",
+        "dreamer, rssm, s",
     ]
 
 
