@@ -214,7 +214,7 @@ def _throughput(result: Result) -> str:
 
 def _prediction(result: Result, predicted: dict[str, Any] | None) -> str:
     if predicted is None:
-        hint = f"Not measured yet: in this folder, python -m mbrl report . adds it."
+        hint = "Not measured yet: in this folder, python -m mbrl report . adds it."
         return f"<h2>World model</h2><p class=note>{escape(hint)}</p>"
     if not predicted.get("error"):
         return ""

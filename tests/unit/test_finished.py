@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 
 import mbrl
-from mbrl import checkpoints, finished, prediction
+from mbrl import checkpoints, envs, finished, prediction
+from mbrl.drivers import Source
 from mbrl.errors import UserError
 from mbrl.programs import RunState
-from tests.helpers import assert_same, one_seed
+from mbrl.seeds import Seeds
+from tests.helpers import assert_same, one_seed, tiny_tdmpc_run
 
 ROOT = Path(__file__).parents[2]
 TINY = """
@@ -160,6 +162,22 @@ def test_one_agent_can_start_many(run, run_dir, tmp_path):
     began = finished.start_from(tmp_path, run.train, 2)
     for index in range(2):
         assert_same(one_seed(began.params, index), one_seed(run.train.params, 0))
+
+
+def test_tdmpc_starts_without_its_optimisers(tmp_path):
+    """A leaf that is no table (the scale of values) is found too, and both optimisers begin afresh."""
+    env = envs.make_jax("pendulum")
+    agent = tiny_tdmpc_run(Source(env.spec, env), Seeds.make(0, 1)).agent
+    ours, fresh = (jax.vmap(agent.init)(jax.random.split(jax.random.key(i), 1)) for i in (0, 1))
+    ours = jax.tree.map(lambda x: x + 1, ours)
+    checkpoints.save(tmp_path / "checkpoints", 1, RunState(ours, (), (), (), ()))
+    (tmp_path / "config.json").write_text(json.dumps({"agent": "tdmpc", "config": {"num_seeds": 1}}))
+    began = finished.start_from(tmp_path, fresh, 1)
+    for name in fresh._fields:
+        expected = fresh if name in ("opt", "actor_opt", "updates") else ours
+        assert_same(getattr(began, name), getattr(expected, name))
+    with pytest.raises(UserError, match="is expected"):  # an agent of another kind
+        finished.learned_by(tmp_path, fresh._replace(params={"other": fresh.scale}), 1)
 
 
 def test_measured_prediction(run):
