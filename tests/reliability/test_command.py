@@ -93,7 +93,7 @@ def run(command, folder, *flags):
 TASKS = ["pendulum", "cartpole_swingup"]
 SLOW = [
     pytest.param(task, model, marks=pytest.mark.slow)
-    for model in ("s4wm", "r2i", "transformer")
+    for model in ("s4wm", "r2i", "transformer", "koopman")
     for task in TASKS
 ]
 
