@@ -67,7 +67,7 @@ def kill_once(path: Path, iterations: int, rng) -> float | None:
     when the run ended before."""
     before, process = newest(path), start(path, iterations)
     while newest(path) == before and process.poll() is None:
-        time.sleep(0.002)
+        time.sleep(0.01)
     time.sleep(float(rng.uniform(0, 0.5)))
     if process.poll() is not None:
         finish(process)
