@@ -143,8 +143,8 @@ def launch(
     stored: what config.json shall hold. name: of agent and settings, for titles.
     """
     check_memory(run, print)
-    if from_run and not resume:  # before anything is written
-        learned_by(from_run, run.shapes().train, len(run.seeds))
+    # Before anything is written: it may be refused.
+    learned = learned_by(from_run, run.shapes().train, len(run.seeds)) if from_run and not resume else {}
     if resume:
         folder = RunFolder.open_for_resume(run_dir)
     else:
@@ -153,6 +153,6 @@ def launch(
     task = run.source.spec.name
     with folder:
         print(f"{task}: {name}, run folder {folder.path}")
-        summary = train(run, folder, resume, video, from_run)
+        summary = train(run, folder, resume, video, learned)
         finish(folder, summary, task, f"{task}: {name}")
     return summary

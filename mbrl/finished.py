@@ -86,17 +86,11 @@ def load(run_dir: str | os.PathLike) -> Finished:
     return Finished(Path(run_dir), stored, restored.step, parts, seeds, restored.state)
 
 
-def start_from(run_dir: str | os.PathLike, train: PyTree, num_seeds: int) -> PyTree:
-    """``train`` [S, ...] of a new run with everything that another run has learned, but its optimisers.
-
-    run_dir: as for `learned_by`.
-    """
+def start_from(learned: Mapping[str, PyTree], train: PyTree) -> PyTree:
+    """``train`` [S, ...] of a new run with what `learned_by` found of another one: all but the optimisers."""
     # A copy per seed on the devices of the new run: what is trained is donated.
     spread = lambda x, to: jax.device_put(jnp.broadcast_to(x, to.shape).copy(), to.sharding)
-    found = learned_by(run_dir, train, num_seeds)
-    return train._replace(
-        **{name: jax.tree.map(spread, x, getattr(train, name)) for name, x in found.items()}
-    )
+    return train._replace(**{k: jax.tree.map(spread, x, getattr(train, k)) for k, x in learned.items()})
 
 
 def learned_by(run_dir: str | os.PathLike, train: PyTree, num_seeds: int) -> dict[str, PyTree]:

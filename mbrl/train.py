@@ -6,7 +6,9 @@ Runs in iterations of `mbrl.programs`. Rows of metrics are fetched while the nex
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -53,12 +55,16 @@ class Run(NamedTuple):
 
 
 def train(
-    run: Run, folder: RunFolder, resume: bool = False, video: bool = False, from_run: str = ""
+    run: Run,
+    folder: RunFolder,
+    resume: bool = False,
+    video: bool = False,
+    learned: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Trains to the end of the clock and returns the summary that it also writes to the run folder.
 
     resume: continue from the newest checkpoint of ``folder``. video: film one episode of the final policy.
-    from_run: folder of another run to take what is learned from; the optimiser and replay start afresh.
+    learned: what `mbrl.finished.learned_by` took from another run; the optimiser and replay start afresh.
     Raises Interrupted after SIGTERM or Ctrl-C, when the checkpoint is written, and UserError when no seed
     learns any more.
     """
@@ -70,8 +76,8 @@ def train(
     eval_keys = seeds.program(lambda key: stream(key, EVALUATE, 0))(keys)
     with timer("compile"):
         state = jax.block_until_ready(programs.init(keys))
-    if from_run and not resume:
-        state = state._replace(train=finished.start_from(from_run, state.train, len(seeds)))
+    if learned:
+        state = state._replace(train=finished.start_from(learned, state.train))
     iteration, evaluations = 0, []  # evaluations: (frames, returns [S, episodes])
     if resume:
         # Abstract: two states at once may not fit.

@@ -141,7 +141,7 @@ def test_no_run_and_settings_of_another_release(run_dir, tmp_path):
 def test_a_new_run_starts_from_what_was_learned(run, run_dir):
     """All but the optimiser: its moments and the count of updates are those of a new run."""
     fresh = run.seeds.program(run.agent.init)(jax.device_put(run.seeds.keys()[::-1], run.seeds.sharding))
-    began = finished.start_from(run_dir, fresh, 2)
+    began = finished.start_from(finished.learned_by(run_dir, fresh, 2), fresh)
     for name in fresh._fields:
         expected = fresh if name in ("opt", "updates") else run.train
         assert_same(getattr(began, name), getattr(expected, name))
@@ -149,7 +149,7 @@ def test_a_new_run_starts_from_what_was_learned(run, run_dir):
     pointers = [s.data.unsafe_buffer_pointer() for x in jax.tree.leaves(began) for s in x.addressable_shards]
     assert len(set(pointers)) == len(pointers)  # all of it is donated to the first update
     with pytest.raises(UserError, match="has 2 seeds, it must have 1 or as many as the new run, 3"):
-        finished.start_from(run_dir, fresh, 3)
+        finished.learned_by(run_dir, fresh, 3)
 
 
 def test_one_agent_can_start_many(run, run_dir, tmp_path):
@@ -159,7 +159,7 @@ def test_one_agent_can_start_many(run, run_dir, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(stored))
     first = jax.tree.map(lambda x: x[:1], run.train)
     checkpoints.save(tmp_path / "checkpoints", 1, RunState(first, (), (), (), ()))
-    began = finished.start_from(tmp_path, run.train, 2)
+    began = finished.start_from(finished.learned_by(tmp_path, run.train, 2), run.train)
     for index in range(2):
         assert_same(one_seed(began.params, index), one_seed(run.train.params, 0))
 
@@ -172,7 +172,7 @@ def test_tdmpc_starts_without_its_optimisers(tmp_path):
     ours = jax.tree.map(lambda x: x + 1, ours)
     checkpoints.save(tmp_path / "checkpoints", 1, RunState(ours, (), (), (), ()))
     (tmp_path / "config.json").write_text(json.dumps({"agent": "tdmpc", "config": {"num_seeds": 1}}))
-    began = finished.start_from(tmp_path, fresh, 1)
+    began = finished.start_from(finished.learned_by(tmp_path, fresh, 1), fresh)
     for name in fresh._fields:
         expected = fresh if name in ("opt", "actor_opt", "updates") else ours
         assert_same(getattr(began, name), getattr(expected, name))
