@@ -26,7 +26,7 @@ def test_every_curve_is_whole():
 
 
 def test_values_of_one_curve():
-    # Rows of /work/shared/reference/dreamer_dmc_curves.csv: bin ends 25,000, 50,000 and 500,000.
+    # Rows of the published curves (mbrl/data/README.md): bin ends 25,000, 50,000 and 500,000.
     curve = published.curve("walker_walk")
     np.testing.assert_allclose(curve.mean[[0, 1, -1]], [65.78, 213.44, 925.4])
     np.testing.assert_allclose(curve.std[[0, 1, -1]], [17.1, 59.52, 37.59])
