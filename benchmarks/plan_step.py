@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from train_step import WALKER, kernels, matmul_rate, wall_seconds
 
@@ -102,15 +103,16 @@ def measure(preset: str, num_envs: list[int], repeats: int) -> list[dict[str, An
 
     for envs in num_envs:
         inputs = planner.init(envs), agent.init_actor(train, envs)[0], np.zeros(envs, bool)
-        flops = [envs * plan_flops(train.params, search, n) for n in (2, config.critics)]
-        add("plan", envs, *flops, lambda inputs=inputs: plan(train.params, *inputs).block_until_ready())
+        two, every = (envs * plan_flops(train.params, search, n) for n in (2, config.critics))
+        add("plan", envs, two, every, lambda inputs=inputs: plan(train.params, *inputs).block_until_ready())
 
     batch, length = values["loop"]["batch_size"], values["loop"]["batch_length"] + 1
     rng, lead = np.random.default_rng(0), (length, batch)
     obs = {k: rng.normal(size=(*lead, *s.shape)).astype(np.float32) for k, s in WALKER.obs.items()}
     action = rng.uniform(-1, 1, (*lead, WALKER.action.size)).astype(np.float32)
     flags = [np.zeros(lead, bool) for _ in range(3)]
-    traj = Trajectory(obs, action, rng.normal(size=lead).astype(np.float32), *flags)
+    parts = obs, action, rng.normal(size=lead).astype(np.float32), *flags
+    traj = Trajectory(*jax.tree.map(jnp.asarray, parts))
     update = jax.jit(agent.update)
     flops = update_flops(train.params, batch, length - 1)
     add("update", batch, flops, flops, lambda: jax.block_until_ready(update(train, traj, key)))
