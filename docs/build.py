@@ -2,8 +2,8 @@
 
 README, CONTRIBUTING, CHANGELOG and the like become pages; so does every source file that a page links to, so
 that the site needs no other site. Configuration and presets are printed from the dataclasses themselves.
-Diagrams are pictures, drawn once from their mermaid source: docs/figures/diagram-<start of its sha256>.svg. One
-without a picture is shown as its source, because drawing it in the browser would fetch a renderer.
+Diagrams are pictures, drawn once from their mermaid source: docs/figures/diagram-<start of its sha256>.svg.
+One without a picture is shown as its source, because drawing it in the browser would fetch a renderer.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ def configuration() -> str:
     parts = [
         "# Configuration\n",
         "Every setting is a field of a frozen dataclass, and every field a flag: `free_nats` of the world "
-        "model is `--model.free-nats`. A preset sets some of them ([presets](presets.md)), flags override it, and "
-        "`config.json` of a run folder has the result. This page is made from the dataclasses.\n",
+        "model is `--model.free-nats`. A preset sets some ([presets](presets.md)), flags override it, "
+        "and `config.json` of a run folder has the result. This page is made from them.\n",
     ]
     for config, names in uses.items():
         parts.append(_section(config, names))
