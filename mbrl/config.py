@@ -49,7 +49,7 @@ def config_type(factory: Callable[..., Any]) -> type:
 def field_docs(config: type) -> dict[str, str]:
     """The docstring below each field of a config dataclass, inherited fields included, on one line."""
     found = {}
-    for base in filter(dataclasses.is_dataclass, reversed(config.__mro__)):
+    for base in (one for one in reversed(config.__mro__) if dataclasses.is_dataclass(one)):
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
         for field, doc in zip(tree.body, tree.body[1:]):  # type: ignore[attr-defined]
             if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
