@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -12,9 +13,10 @@ import numpy as np
 from mbrl import envs
 from mbrl.collect import HostCollector
 from mbrl.envs.pool import HostPool
+from mbrl.envs.workers import WorkerPool
 from mbrl.errors import UserError, check_at_least
 from mbrl.processes import gather_bytes
-from mbrl.programs import Programs, RunState
+from mbrl.programs import LoopConfig, Programs, RunState
 from mbrl.seeds import Seeds
 from mbrl.types import EnvSpec, HostEnv, JaxEnv
 
@@ -25,7 +27,7 @@ def _no_host(seed: int) -> HostEnv:
 
 class Source(NamedTuple):
     """Where experience comes from. env: one JAX environment, or None; make_host(seed) -> one host
-    environment, used when env is None."""
+    environment, used when env is None, and sent to worker processes."""
 
     spec: EnvSpec
     env: JaxEnv | None = None
@@ -42,7 +44,7 @@ def make_source(task: str, action_repeat: int) -> Source:
         spec = envs.make_host(task, 0, action_repeat).spec
     except ValueError as error:
         raise UserError(f"--task: {error}") from None
-    return Source(spec, make_host=lambda seed: envs.make_host(task, seed, action_repeat))
+    return Source(spec, make_host=partial(envs.make_host, task, action_repeat=action_repeat))
 
 
 class DeviceDriver:
@@ -74,7 +76,9 @@ class HostDriver:
 
     stride = 1
 
-    def __init__(self, programs: Programs, pool: HostPool, seeds: Seeds, num_envs: int, rows: int):
+    def __init__(
+        self, programs: Programs, pool: HostPool | WorkerPool, seeds: Seeds, num_envs: int, rows: int
+    ):
         self.programs, self.rows, self.seeds = programs, rows, seeds
         self.collector = HostCollector(pool, len(seeds.own), num_envs)
 
@@ -146,6 +150,20 @@ def host_seed(seed: int, purpose: int, index: int) -> int:
 
 
 def make_pool(source: Source, seeds: Seeds, num_envs: int, purpose: int) -> HostPool:
-    """Host environments [S x E], member by member, of the members in this process."""
+    """Host environments [S x E], member by member, of the members that live here, in this process."""
+    return HostPool([source.make_host(seed) for seed in _host_seeds(seeds, num_envs, purpose)])
+
+
+def make_workers(
+    source: Source, seeds: Seeds, num_envs: int, purpose: int, config: LoopConfig
+) -> HostPool | WorkerPool:
+    """The same environments in ``config.env_workers`` processes, or in this one where that is 0."""
+    if config.env_workers == 0:
+        return make_pool(source, seeds, num_envs, purpose)
+    numbers = _host_seeds(seeds, num_envs, purpose)
+    return WorkerPool(source.spec, source.make_host, numbers, config.env_workers, config.env_timeout)
+
+
+def _host_seeds(seeds: Seeds, num_envs: int, purpose: int) -> list[int]:
     members = [seeds.seeds[i] for i in seeds.own]
-    return HostPool([source.make_host(host_seed(s, purpose, i)) for s in members for i in range(num_envs)])
+    return [host_seed(s, purpose, i) for s in members for i in range(num_envs)]
