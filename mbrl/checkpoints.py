@@ -5,7 +5,9 @@ of host environments), and ``manifest.json`` with the schema version, path, shap
 the sha256 of every file. All of it is written in ``checkpoints/.saving``, the manifest last, and renamed when
 complete: a directory with a step's name is a finished checkpoint, whatever killed the process. Rows of replay
 are in ``checkpoints/rows/``, which all checkpoints of a run share (`mbrl.segments`); stored latents, which
-training rewrites everywhere, are in ``state/``. For runs of one process (any number of devices).
+training rewrites everywhere, are in ``state/``. Of a run of several processes each writes its part of all
+arrays into ``state/``, rows among them, and the first one all else, into a folder that they share; any number of
+processes and devices can read it.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mbrl.errors import UserError
+from mbrl.processes import all_do, leads
 from mbrl.replay import ReplayState
 from mbrl.run_folder import jsonable, sync_directory, write_atomic
 from mbrl.segments import Segment, extend, fill, remove_others
@@ -80,14 +83,18 @@ def save(
     rings, inserted, capacity = _rings(state, table)
     extra = {name: _host_array(name, array) for name, array in (extra or {}).items()}
     body = {"schema": SCHEMA, "step": int(step), "meta": jsonable(meta or {}), "leaves": table}
-    known = [] if segments is None else segments
+    known, rows = [] if segments is None else segments, {name: leaves.pop(name) for name in rings}
     target, saving = folder / f"{step:012d}", folder / ".saving"
-    try:
+
+    def prepare() -> None:
         shutil.rmtree(saving, ignore_errors=True)  # left by a process that was killed here
         saving.mkdir(parents=True)
-        found = extend(folder, known, {name: leaves.pop(name) for name in rings}, inserted, capacity)
-        body["rows"] = {"leaves": rings, "inserted": inserted, "segments": [s._asdict() for s in found]}
-        _write_arrays(saving / "state", leaves)
+
+    def complete() -> None:
+        found = extend(folder, known, rows, inserted, capacity) if rows else []
+        body["rows"] = {"leaves": list(rows), "inserted": inserted, "segments": [s._asdict() for s in found]}
+        # Orbax notes the absolute path in it, and run folders are moved and shared.
+        (saving / "state" / "commit_success.txt").write_text("")
         with open(saving / "extra.npz", "wb") as file:
             # The underscore keeps names such as "file" apart from savez's own arguments.
             np.savez(file, allow_pickle=False, **{f"_{name}": array for name, array in extra.items()})  # pyright: ignore[reportArgumentType]
@@ -98,11 +105,18 @@ def save(
         os.rename(saving, target)
         sync_directory(folder)
         known[:] = found
+
+    try:
+        all_do(prepare, leader_only=True)
+        all_do(lambda: _write_arrays(saving / "state", leaves))
+        all_do(complete, leader_only=True)
     except Exception as error:  # orbax reports a full disk in many types
         shutil.rmtree(saving, ignore_errors=True)
         message = f"checkpoint of step {step} was not written, older ones are untouched: {_reason(error)}"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
         return False
+    if not leads():
+        return True
     # Later steps are damaged ones that a resumed run has not reached again: they do not count as kept.
     for old in [found for found in steps(folder) if found <= step][:-keep]:
         _remove(folder / f"{old:012d}")
@@ -264,8 +278,6 @@ def _write_arrays(path: Path, leaves: dict[str, Any]) -> None:
     item = {name: leaf for name, leaf in leaves.items() if np.size(leaf)}
     with _checkpointer() as (ocp, checkpointer):
         checkpointer.save(path, args=ocp.args.PyTreeSave(item))
-    # Orbax notes the absolute path in it, and run folders are moved and shared.
-    (path / "commit_success.txt").write_text("")
 
 
 def _read_leaves(directory: Path, body: dict[str, Any], targets: dict[int, Any]) -> list[Any]:
@@ -298,10 +310,13 @@ def _read_arrays(path: Path, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[s
 
 
 def _placed(array: Any, target: jax.ShapeDtypeStruct) -> jax.Array:
-    if not isinstance(array, jax.Array):
-        # A copy: on a CPU device_put may keep NumPy's memory, which cannot be donated.
-        array = jnp.array(array, copy=True)
-    return array if target.sharding is None else jax.device_put(array, target.sharding)
+    if isinstance(array, jax.Array):
+        return array if target.sharding is None else jax.device_put(array, target.sharding)
+    # Copies: on a CPU device_put may keep NumPy's memory, which cannot be donated.
+    if target.sharding is None:
+        return jnp.array(array, copy=True)
+    part = lambda index: jnp.array(array[index], copy=True)
+    return jax.make_array_from_callback(target.shape, target.sharding, part)
 
 
 def _host_array(name: str, array: Any) -> np.ndarray:
@@ -317,7 +332,7 @@ def _host_array(name: str, array: Any) -> np.ndarray:
 def _rings(state: Any, table: list[dict[str, Any]]) -> tuple[list[str], int, int]:
     """(numbers of the leaves that are rings of rows written once, rows ever written, capacity)."""
     replay = getattr(state, "replay", None)
-    if not isinstance(replay, ReplayState):
+    if not isinstance(replay, ReplayState) or jax.process_count() > 1:
         return [], 0, 0
     inserted = np.unique(np.asarray(replay.inserted))
     if len(inserted) != 1:
