@@ -11,10 +11,13 @@ from typing import Any, TypeVar
 import jax
 import tyro
 
+from mbrl import open_loop
 from mbrl.config import check_config, differences, early_flags, override
 from mbrl.drivers import make_source
+from mbrl.envs.pixels import CAMERA, CameraConfig, Shown
 from mbrl.errors import UserError
-from mbrl.finished import learned_by
+from mbrl.finished import learned_by, load
+from mbrl.images import is_image
 from mbrl.memory import check_memory
 from mbrl.programs import LoopConfig, make_clock
 from mbrl.run_folder import RunFolder
@@ -30,6 +33,10 @@ class Experiment:
     task: str = "cartpole_swingup"
     """A dm_control task by its usual name (walker_walk, cup_catch, ...), a JAX environment (pendulum,
     tmaze:20), gym:NAME of gymnasium, or module:function of your own."""
+    obs: Shown = "state"
+    """What the agent sees: the state of the task, what a camera shows of it, or both."""
+    camera: CameraConfig = CAMERA
+    """Camera."""
     preset: str = "s"
     """Named settings that other flags override: those named by letters for a CPU, the others as published."""
     seed: int = 0
@@ -63,7 +70,7 @@ def parse(
     default(preset, **parts) -> config before flags. presets: their names. accelerator: the preset for one.
     parts: flags that decide which fields there are, by their default (world_model="rssm").
     """
-    early = early_flags(argv, preset=None, num_seeds=1, run_dir="", resume=False, **parts)
+    early = early_flags(argv, preset=None, num_seeds=1, run_dir="", resume=False, obs="state", **parts)
     use_cpu_devices(max(1, early.num_seeds))
     if early.resume:
         if not early.run_dir:
@@ -71,7 +78,8 @@ def parse(
         return resumed(argv, default, early.run_dir, parts)
     if early.preset is None:
         cpu = jax.default_backend() == "cpu"
-        early.preset = "s" if cpu else accelerator
+        small = "s" if early.obs == "state" or "s_pixels" not in presets else "s_pixels"
+        early.preset = small if cpu else accelerator
         device = "this machine has no accelerator" if cpu else f"found {jax.devices()[0].device_kind}"
         print(f"preset {early.preset}: {device}; choose another with --preset {{{','.join(presets)}}}")
     config = default(early.preset, **{name: getattr(early, name) for name in parts})
@@ -115,7 +123,7 @@ def execute(
     check_config(config)
     if config.debug:
         use_debugging(config.num_seeds)
-    source = make_source(config.task, config.loop.action_repeat)
+    source = make_source(config.task, config.loop.action_repeat, config.obs, config.camera)
     loop = dataclasses.replace(config.loop, action_repeat=source.spec.action_repeat)
     length = loop.batch_length + extra_rows
     clock = make_clock(loop, config.steps, length)
@@ -154,5 +162,7 @@ def launch(
     with folder:
         print(f"{task}: {name}, run folder {folder.path}")
         summary = train(run, folder, resume, video, learned)
+        if any(map(is_image, run.source.spec.obs.values())):
+            open_loop.write(load(folder.path), summary["env_steps"])
         finish(folder, summary, task, f"{task}: {name}")
     return summary
