@@ -2,7 +2,7 @@
 
 A preset maps the parts of an experiment's config to field values. Of Dreamer, "model" holds fields that
 every latent world model has, "rssm" and the like those of one backbone; "agent/transformer" and the like what
-behaviour needs with that backbone. Of TD-MPC2, "search" holds settings by planner.
+behaviour needs with that backbone. Of TD-MPC2 and PETS, "search" holds settings by planner.
 """
 
 from __future__ import annotations
@@ -198,4 +198,40 @@ TDMPC: dict[str, Preset] = {
     "19M": _tdmpc_published(2, 1024, 1024, 768, 5),
     "48M": _tdmpc_published(3, 1792, 1792, 768, 5),
     "317M": _tdmpc_published(4, 4096, 4096, 1376, 8),
+}
+
+
+def _pets(model: dict[str, Any], search: Preset, plan: dict[str, Any], loop: dict[str, Any]) -> Preset:
+    """PETS: one environment, random actions first, then a plan for every step. Four frames per step in
+    dm_control, so that a short plan sees far."""
+    common = {"num_envs": 1, "action_repeat": 4, "batch_length": 4}
+    loop = common | {"prefill_random": True, "replay_online": False} | loop
+    return {"model": model, "agent": {}, "search": search, "plan": plan, "loop": loop}
+
+
+SHORT = {"horizon": 25, "samples": 64, "elites": 8, "iterations": 3}
+
+PETS: dict[str, Preset] = {
+    # For CPU cores: narrow networks, short plans of few candidates, one particle for each member.
+    "s": _pets(
+        {"layers": 2, "units": 64},
+        {name: SHORT for name in ("cem", "icem", "mppi")},
+        {"particles": 5},
+        {
+            "batch_size": 64,
+            "train_ratio": 256.0,
+            "prefill": 500,
+            "pretrain": 500,
+            "eval_every": 5000,
+            "eval_episodes": 3,
+            "log_every": 1000,
+        },
+    ),
+    # PETS' own sizes and planner; it learns all the time instead of for five epochs after each episode.
+    "paper": _pets(
+        {},
+        {},
+        {"particles": 20},
+        {"batch_size": 64, "train_ratio": 256.0, "prefill": 500, "pretrain": 500},
+    ),
 }

@@ -11,11 +11,13 @@ from mbrl import envs
 from mbrl.agents import dreamer
 from mbrl.agents.dreamer import DreamerConfig
 from mbrl.config import config_type, load_factory, override
-from mbrl.presets import DREAMER, MEMORY
+from mbrl.planning import PlanConfig
+from mbrl.presets import DREAMER, MEMORY, PETS
 from mbrl.probing import ProbeConfig
 from mbrl.programs import LoopConfig, make_clock
 from mbrl.types import ArraySpec, EnvSpec
 from world_models import rssm
+from world_models.ensemble import EnsembleConfig
 from world_models.rssm import RSSMConfig
 
 WALKER = EnvSpec(
@@ -103,6 +105,17 @@ def test_preset_is_consistent(name):
     clock = make_clock(loop, 500_000, loop.batch_length + agent.replay_context)
     per_step = clock.updates / (clock.rows * loop.num_envs)
     assert per_step * loop.batch_size * loop.batch_length == pytest.approx(loop.train_ratio)
+
+
+@pytest.mark.parametrize("name", PETS)
+def test_pets_preset(name):
+    """Every elite runs an equal share of the particles; one update per agent step."""
+    values = PETS[name]
+    model, plan = override(EnsembleConfig(), values["model"]), override(PlanConfig(), values["plan"])
+    assert plan.particles % model.elites == 0
+    loop = override(LoopConfig(), values["loop"])
+    clock = make_clock(loop, 10_000, loop.batch_length + 1)
+    assert clock.updates == clock.rows * loop.num_envs
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
