@@ -119,6 +119,8 @@ class PlanConfig:
     """How the scores of the particles become one: their mean, the worst, or the mean of the worst ones."""
     risk_fraction: float = 0.25
     """Share of the particles that cvar averages (alpha)."""
+    value: float = 1.0
+    """Weight of the terminal value in the score of a plan; 0 plans for the horizon alone."""
     uncertainty: str = ""
     """Weights of named uncertainties in what plans maximise, as in disagreement=-1,value_std=-0.5: below zero
     for pessimism, above for optimism."""
@@ -147,7 +149,7 @@ def plan_objective(config: PlanConfig, mode: str, discount: float = 1.0) -> Obje
         for name, weight in read_weights("plan.explore", config.explore).items():
             weights[name] = weights.get(name, 0.0) + weight
     weighed = {name: jnp.float32(weight) for name, weight in weights.items()}
-    return make_objective(discount)._replace(uncertainty=weighed)
+    return make_objective(discount, config.value)._replace(uncertainty=weighed)
 
 
 def check_numbers(config: PlanConfig) -> None:
@@ -157,6 +159,7 @@ def check_numbers(config: PlanConfig) -> None:
     for name in ("action_block", "replan_every", "particles"):
         check_at_least(f"plan.{name}", getattr(config, name), 1)
     check_between("plan.risk_fraction", config.risk_fraction, 0, 1)
+    check_at_least("plan.value", config.value, 0)
 
 
 def check(config: PlanConfig, rule: SearchRule, simulator: Simulator) -> None:
