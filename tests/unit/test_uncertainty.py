@@ -124,18 +124,21 @@ def test_spread_of_the_critics_of_tdmpc():
     """``value_std`` is the standard deviation over all critics: of the action that a step took, and of the
     policy's at the horizon."""
     config = TDMPCConfig(critics=4, **SMALL)
-    params = tdmpc.make(config, SPEC, MODEL, 0.9, 1).init(jax.random.key(0)).params
-    params = jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(x.size), x.shape), params)
     simulator = tdmpc.make_simulator(config, SPEC, MODEL, 0.9)
-    z = jax.nn.softmax(jax.random.normal(jax.random.key(1), (3, 2, 2))).reshape(3, 4)
-    action = jnp.eye(2)[jnp.array([0, 1, 1])]
-    state = MODEL.imagine_step(params["model"], (), tdmpc_model.Latent(z, z, action), action, None)
-    values = tdmpc.behaviour(config, SPEC).values(params["critic"], z, action).mean()
-    expected = np.std(np.asarray(values, np.float64), 0)
-    np.testing.assert_allclose(simulator.predict(params, state).uncertainty["value_std"], expected, rtol=1e-4)
     assert simulator.policy is not None and simulator.value is not None
-    key = jax.random.key(3)
-    taken = simulator.policy(params, z, jax.random.split(key)[1])
-    values = tdmpc.behaviour(config, SPEC).values(params["critic"], z, taken).mean()
-    said = simulator.value(params, z, key)[1]["value_std"]
-    np.testing.assert_allclose(said, np.std(np.asarray(values, np.float64), 0), rtol=1e-4)
+
+    @jax.jit
+    def everything(key):
+        """What the simulator says, and the values of all critics at the same actions."""
+        params = tdmpc.make(config, SPEC, MODEL, 0.9, 1).init(key).params
+        params = jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(x.size), x.shape), params)
+        z = jax.nn.softmax(jax.random.normal(key, (3, 2, 2))).reshape(3, 4)
+        action = jnp.eye(2)[jnp.array([0, 1, 1])]
+        state = MODEL.imagine_step(params["model"], (), tdmpc_model.Latent(z, z, action), action, key)
+        said = simulator.predict(params, state).uncertainty, simulator.value(params, z, key)[1]
+        chosen = simulator.policy(params, z, jax.random.split(key)[1])
+        values = lambda a: tdmpc.behaviour(config, SPEC).values(params["critic"], z, a).mean()
+        return said, (values(action), values(chosen))
+
+    for said, values in zip(*everything(jax.random.key(0))):
+        np.testing.assert_allclose(said["value_std"], np.asarray(values, np.float64).std(0), rtol=1e-4)
