@@ -6,8 +6,8 @@ the sha256 of every file. All of it is written in ``checkpoints/.saving``, the m
 complete: a directory with a step's name is a finished checkpoint, whatever killed the process. Rows of replay
 are in ``checkpoints/rows/``, which all checkpoints of a run share (`mbrl.segments`); stored latents, which
 training rewrites everywhere, are in ``state/``. Of a run of several processes each writes its part of all
-arrays into ``state/``, rows among them, and the first one all else, into a folder that they share; any number of
-processes and devices can read it.
+arrays into ``state/``, rows among them, and the first one all else, in a folder that they share; any number
+of processes and devices can read it.
 """
 
 from __future__ import annotations
