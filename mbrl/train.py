@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -18,10 +19,12 @@ from mbrl import checkpoints, evaluation, finished, plots, published, replay, re
 from mbrl import video as video_module
 from mbrl.collect import Episodes
 from mbrl.diagnose import make_dumper
-from mbrl.drivers import DeviceDriver, HostDriver, Source, make_pool
+from mbrl.drivers import DeviceDriver, HostDriver, Source, make_pool, make_workers
+from mbrl.envs.pool import HostPool
 from mbrl.errors import UserError
 from mbrl.interruption import Interrupted, Interruption
 from mbrl.logger import Logger, Progress, read_metrics, results_table
+from mbrl.processes import agree
 from mbrl.programs import EVALUATE, Clock, LoopConfig, Programs, RunState, make_programs, stream
 from mbrl.replay import Replay
 from mbrl.run_folder import RunFolder
@@ -70,7 +73,7 @@ def train(
     """
     config, clock, seeds = run.config, run.clock, run.seeds
     timer, programs, keys = Timer(), run.programs(), seeds.keys()
-    driver, evaluate, filmed = _environments(run, programs)
+    driver, evaluate, filmed = _environments(run, programs, video)
     film = filmed if video and _can_film(filmed) else None
     dump = make_dumper(run.agent, run.ring(), seeds)
     eval_keys = seeds.program(lambda key: stream(key, EVALUATE, 0))(keys)
@@ -78,13 +81,13 @@ def train(
         state = jax.block_until_ready(programs.init(keys))
     if learned:
         state = state._replace(train=finished.start_from(learned, state.train))
-    iteration, evaluations = 0, []  # evaluations: (frames, returns [S, episodes])
+    iteration, evaluations, segments = 0, [], []  # evaluations: (frames, returns [S, episodes])
     if resume:
         # Abstract: two states at once may not fit.
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         del state
         restored = checkpoints.restore(folder.checkpoints, like)
-        state, meta = restored.state, restored.meta
+        state, meta, segments = restored.state, restored.meta, restored.segments
         iteration, evaluations = meta["iteration"], meta["evaluations"]
         timer.seconds = meta["seconds"] | {"compile": timer.seconds["compile"] + meta["seconds"]["compile"]}
         driver.set_state(restored.extra)
@@ -118,7 +121,7 @@ def train(
             monitor.add(frames, updates, metrics, ended, driver.faults())
             close = clock.total - iteration < due["evaluate"] // 2  # the final evaluation says it all
             evaluating = end or (learning and not close and iteration % due["evaluate"] == 0)
-            scheduled, stop = end or iteration % due["save"] == 0, interruption.number
+            scheduled, stop = end or iteration % due["save"] == 0, agree(interruption.number or 0)
             if scheduled or evaluating or iteration % due["log"] == 0:
                 monitor.request(timer.seconds["train"])
             if evaluating:
@@ -137,7 +140,10 @@ def train(
                 meta = {"iteration": iteration, "evaluations": evaluations, "seconds": timer.seconds}
                 meta["pending"] = monitor.pending()
                 with timer("save"):
-                    saved = checkpoints.save(folder.checkpoints, frames, state, driver.get_state(), meta)
+                    extra = driver.get_state()
+                    saved = checkpoints.save(
+                        folder.checkpoints, frames, state, extra, meta, segments=segments
+                    )
                 if stop and not end:
                     raise Interrupted(_farewell(folder, frames, saved), stop)
             for seed in monitor.newly_frozen():
@@ -154,16 +160,19 @@ def train(
     return summarise(evaluations, timer, clock.total_updates, state.train, seeds)
 
 
-def _environments(run: Run, programs: Programs):
+def _environments(run: Run, programs: Programs, video: bool):
     """The driver, the evaluation function and its first host environment, for either side of the border."""
     agent, source, seeds, config = run.agent, run.source, run.seeds, run.config
     if source.env is not None:
         evaluate = evaluation.make_device(agent, source.env, seeds, config.eval_episodes)
         return DeviceDriver(programs, config.chunk), evaluate, None
-    pool = make_pool(source, seeds, config.num_envs, purpose=0)
-    eval_pool = make_pool(source, seeds, config.eval_episodes, purpose=1)
+    pool = make_workers(source, seeds, config.num_envs, 0, config)
+    # What is filmed must be in this process.
+    make = make_pool if video else partial(make_workers, config=config)
+    eval_pool = make(source, seeds, config.eval_episodes, purpose=1)
     evaluate = evaluation.make_host(agent, eval_pool, seeds, config.eval_episodes)
-    return HostDriver(programs, pool, seeds, config.num_envs, run.clock.rows), evaluate, eval_pool.envs[0]
+    filmed = eval_pool.envs[0] if isinstance(eval_pool, HostPool) else None
+    return HostDriver(programs, pool, seeds, config.num_envs, run.clock.rows), evaluate, filmed
 
 
 def _can_film(env: HostEnv | None) -> bool:
@@ -183,7 +192,7 @@ class Monitor:
         self.returns = np.full(len(seeds), np.nan)  # of the latest episodes
         self.frozen = np.zeros(len(seeds), bool)
         self._news: list[int] = []  # positions of seeds that froze and were not asked for yet
-        self.faults = np.zeros(len(seeds), int)  # of environments, since the start of this process
+        self.faults = np.zeros(len(seeds.own), int)  # of environments, since the start of this process
         self.now: tuple[int, int, Any] = (0, 0, None)  # frames, updates, metrics
         self.ended: list[Episodes] = []
         self.due: tuple[Any, ...] | None = None
@@ -207,12 +216,13 @@ class Monitor:
 
     def pending(self) -> dict[str, list[float]]:
         """Episodes that the next row will count, JSON-like, for a checkpoint between two rows."""
-        count, total = _total(self.ended) if self.ended else (np.zeros(0), np.zeros(0))
+        count, total = self._total(self.ended) if self.ended else (np.zeros(0), np.zeros(0))
         return {"count": count.tolist(), "returns": total.tolist()}
 
     def set_pending(self, pending: dict[str, list[float]]) -> None:
         count, total = np.array(pending["count"], int), np.array(pending["returns"], np.float32)
-        self.ended = [Episodes(count, total)] if count.size else []
+        own = slice(self.seeds.own.start, self.seeds.own.stop)
+        self.ended = [Episodes(count[own], total[own])] if count.size else []
 
     def request(self, train_seconds: float) -> None:
         """Asks for a row of the latest iteration."""
@@ -225,14 +235,24 @@ class Monitor:
             return
         frames, updates, metrics, ended, train_seconds = self.due
         self.due = None
-        count, total = _total(ended)
+        count, total = self._total(ended)
         episode_return = np.where(count > 0, total / np.maximum(count, 1), np.nan)
         self.returns = np.where(count > 0, episode_return, self.returns)
-        values = {name: np.asarray(value, np.float64) for name, value in (metrics or {}).items()}
+        fetched = self.seeds.fetch(metrics or {})
+        values = {name: np.asarray(value, np.float64) for name, value in fetched.items()}
         values |= {"episode_return": episode_return, "episodes": count, "updates": updates}
-        values |= {"env_faults": self.faults} if self.faults.any() else {}
+        faults = self.seeds.fetch(self.faults)
+        values |= {"env_faults": faults} if faults.any() else {}
         self.logger.log(frames, values | {"time/train": train_seconds})
         self._report_frozen(frames, values.get("frozen", self.frozen) > 0)
+
+    def _total(self, ended: list[Episodes]) -> tuple[np.ndarray, np.ndarray]:
+        """Number and summed return of episodes [S], added one after the other: a resumed run adds the
+        same."""
+        ended = [self.seeds.fetch_own(e) for e in ended]
+        count = np.asarray(sum(e.count for e in ended))
+        total = np.asarray(sum((e.returns.astype(np.float32) for e in ended), np.float32(0)))
+        return self.seeds.fetch((count, total))
 
     def _report_frozen(self, frames: int, frozen) -> None:
         for i in np.flatnonzero(frozen & ~self.frozen):
@@ -242,13 +262,6 @@ class Monitor:
             )
             self._news.append(int(i))
         self.frozen = np.asarray(frozen)
-
-
-def _total(ended: list[Episodes]) -> tuple[np.ndarray, np.ndarray]:
-    """Number and summed return of episodes [S], added one after the other: a resumed run adds the same."""
-    count = sum(np.asarray(e.count) for e in ended)
-    total = sum((np.asarray(e.returns, np.float32) for e in ended), np.float32(0))
-    return np.asarray(count), np.asarray(total)
 
 
 def _farewell(folder: RunFolder, frames: int, saved: bool) -> str:

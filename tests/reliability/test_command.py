@@ -3,6 +3,7 @@ what it promises, a resumed run equals one that was never stopped."""
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+import mbrl
 from mbrl import checkpoints
 from mbrl.errors import UserError
 from mbrl.logger import read_metrics
@@ -29,6 +31,12 @@ TINY_TDMPC = """
     --loop.eval-every 0 --loop.checkpoint-every 128 --model.latent 8 --model.units 8
     --model.encoder-units 8 --agent.units 8 --search.samples 4 --search.elites 2
     --search.policy-samples 1 --search.iterations 2
+""".split()  # noqa: SIM905
+TINY_PETS = """
+    --preset s --loop.num-envs 2 --loop.prefill 64 --loop.pretrain 3 --loop.batch-size 4
+    --loop.train-ratio 8 --loop.collect-steps 8 --loop.eval-episodes 2 --loop.log-every 64
+    --loop.eval-every 0 --loop.checkpoint-every 192 --model.units 8 --model.layers 1 --search.horizon 2
+    --search.samples 4 --search.elites 2 --search.iterations 2
 """.split()  # noqa: SIM905
 
 
@@ -63,10 +71,15 @@ def command():
         ("--agent.lam 1.5", ["agent.lam", "1.5", "between 0 and 1"]),
         ("--agent.optimiser.learning-rate nan", ["optimiser.learning_rate", "nan"]),
         ("--task probe_action_discrete", ["agent.actor_grad", "dynamics", "discrete"]),
+        ("--task tmaze:5 --obs pixels", ["--task", "tmaze:5", "no pictures", "pendulum"]),
+        ("--task pendulum --obs pixels --camera.size 36", ["36 x 36", "multiples of"]),
+        ("--task pendulum --obs both --model.image-blocks 3", ["model.image_blocks", "3", "divide"]),
         ("--planner mpi", ["--planner", "mpi", "mppi", "none"]),
         ("--planner mppi --search.samples 32", ["search.elites", "64", "search.samples"]),
         ("--debug --num-seeds 2", ["--debug", "num_seeds is 2"]),
         ("--loop.replay-size 4", ["loop.replay_size", "4"]),
+        ("--task pendulum --loop.env-workers 2", ["loop.env_workers is 2", "pendulum", "must be 0"]),
+        ("--loop.env-timeout 0", ["loop.env_timeout", "above 0"]),
         ("--resume", ["run"]),
     ],
 )
@@ -109,6 +122,8 @@ def test_too_much_memory_is_refused_before_the_folder_is_made(command, tmp_path)
         "--model.latent 12",
         "--preset 5m",
         "--loop.pretrain -1",
+        "--plan.uncertainty disagreement",
+        "--plan.explore disagreement=1",
     ],
 )
 def test_bad_input_of_tdmpc(tmp_path, flags):
@@ -124,6 +139,25 @@ def test_bad_input_of_tdmpc(tmp_path, flags):
     assert not folder.exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--planner none", ["--planner", "none", "cem"]),
+        ("--planner policy", ["--planner", "policy", "cem"]),
+        ("--model.elites 3", ["model.elites", "3", "model.holdout"]),
+        ("--model.propagation ts2", ["ts_inf"]),
+        ("--plan.uncertainty doubt=-1", ["plan.uncertainty", "doubt", "aleatoric, disagreement"]),
+    ],
+)
+def test_bad_input_of_pets(tmp_path, capsys, flags, words):
+    folder = tmp_path / "run"
+    with pytest.raises((UserError, SystemExit)) as error:
+        load("pets")(["--preset", "s", "--run-dir", str(folder), "--task", "pendulum", *flags.split()])
+    message = str(error.value) + capsys.readouterr().err
+    assert all(word in message for word in words), message
+    assert not folder.exists()
+
+
 def run(command, folder, *flags):
     command([*TINY, "--run-dir", str(folder), *flags])
     return folder
@@ -132,7 +166,9 @@ def run(command, folder, *flags):
 DREAMER = [("dreamer_dmc", TINY, task, 600) for task in ("pendulum", "cartpole_swingup")]
 CASES = [
     *((*case, ()) for case in DREAMER),
-    ("tdmpc_dmc", TINY_TDMPC, "cartpole_swingup", 224, ()),
+    ("dreamer_dmc", TINY, "pendulum", 600, ("--obs", "pixels", "--camera.size", "16")),
+    ("tdmpc_dmc", TINY_TDMPC, "cartpole_swingup", 224, ("--loop.env-workers", "1")),
+    ("pets", TINY_PETS, "pendulum", 600, ()),
     *(
         pytest.param(*case, ("--world-model", model), marks=pytest.mark.slow)
         for model in ("s4wm", "r2i", "transformer", "koopman")
@@ -144,7 +180,7 @@ CASES = [
 @pytest.mark.parametrize(("script", "tiny", "task", "steps", "more"), CASES)
 def test_resume_is_exact(tmp_path, script, tiny, task, steps, more):
     """A run continued from its checkpoint ends in the same state and logs as one that was never stopped,
-    with environments on the device and on the host, two seeds."""
+    with environments on the device, on the host and in a worker process, two seeds."""
     command = load(script)
     flags = [*tiny, "--task", task, "--num-seeds", "2", "--steps", str(steps), *more]
     whole = tmp_path / "whole"
@@ -159,12 +195,16 @@ def test_resume_is_exact(tmp_path, script, tiny, task, steps, more):
     part = tmp_path / "part"
     whole.rename(part)
     final = part / "checkpoints" / f"{found[-1]:012d}"
-    final.rename(tmp_path / "final")
-    rows = timeless(part)
+    expected, rows = leaves(final), timeless(part)
+    shutil.rmtree(final)
     command([*flags, "--run-dir", str(part), "--resume"])
     assert timeless(part) == rows
-    assert leaves(final) == leaves(tmp_path / "final")
+    assert leaves(final) == expected
     assert json.loads((part / "summary.json").read_text())["eval_return"] == summary["eval_return"]
+    films = sorted(path.name for path in part.glob("videos/*"))
+    assert films == (["open_loop_image.gif", "open_loop_image.png"] if "--obs" in more else [])
+    assert ("data:image/gif;base64," in (part / "report.html").read_text()) == bool(films)
+    assert mbrl.load(part).frames == found[-1]
 
 
 @pytest.mark.slow
@@ -206,13 +246,10 @@ def timeless(folder):
 
 def leaves(checkpoint):
     """Every array of a checkpoint as bytes, whatever its structure."""
-    import orbax.checkpoint as ocp
-
-    tree = ocp.StandardCheckpointer().restore((checkpoint / "state").absolute())
-    return {
-        jax.tree_util.keystr(path): np.asarray(x).tobytes()
-        for path, x in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    body = checkpoints._verified(checkpoint, ("",))
+    targets = {i: jax.ShapeDtypeStruct(x["shape"], x["dtype"]) for i, x in enumerate(body["leaves"])}
+    arrays = checkpoints._read_leaves(checkpoint, body, targets)
+    return {leaf["path"]: np.asarray(x).tobytes() for leaf, x in zip(body["leaves"], arrays, strict=True)}
 
 
 def test_a_folder_with_a_run_is_not_overwritten(command, tmp_path):
