@@ -50,7 +50,8 @@ def from_run(run_dir: str | os.PathLike) -> Dataset:
         ".replay.inserted",
     )
     config = stored["config"]
-    spec = make_source(config["task"], config["loop"]["action_repeat"]).spec
+    backend = config.get("env_backend", "host")
+    spec = make_source(config["task"], config["loop"]["action_repeat"], backend).spec
     inserted = arrays.pop(".replay.inserted")
     rows: dict[str, Any] = {path.removeprefix(".replay.data."): x for path, x in arrays.items()}
     data = Trajectory(obs={k: rows[f"obs[{k!r}]"] for k in spec.obs}, **{k: rows[k] for k in _FIELDS})

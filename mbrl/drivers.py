@@ -9,6 +9,7 @@ import numpy as np
 
 from mbrl import envs
 from mbrl.collect import HostCollector
+from mbrl.config import choose
 from mbrl.envs.pool import HostPool
 from mbrl.errors import UserError, check_at_least
 from mbrl.programs import Programs, RunState
@@ -29,10 +30,19 @@ class Source(NamedTuple):
     make_host: Callable[[int], HostEnv] = _no_host
 
 
-def make_source(task: str, action_repeat: int) -> Source:
-    """The environment of the task, on the device or on the host. UserError for unknown names."""
+def make_source(task: str, action_repeat: int, backend: str = "host") -> Source:
+    """The environment of the task, on the device or on the host. UserError for unknown names.
+
+    backend: of dm_control's tasks, host or mjx (on the device). Environments written in JAX have no choice.
+    """
     check_at_least("loop.action_repeat", action_repeat, 1)
+    choose("env_backend", backend, ["host", "mjx"])
     try:
+        if backend == "mjx":
+            from mbrl.envs import mjx
+
+            env = mjx.make(task, action_repeat)
+            return Source(env.spec, env)
         if envs.is_jax(task):
             env = envs.make_jax(task)
             return Source(env.spec, env)

@@ -30,6 +30,8 @@ class Experiment:
     task: str = "cartpole_swingup"
     """A dm_control task by its usual name (walker_walk, cup_catch, ...), a JAX environment (pendulum,
     tmaze:20), gym:NAME of gymnasium, or module:function of your own."""
+    env_backend: str = "host"
+    """Where dm_control's tasks run: host, or mjx for those that MuJoCo MJX simulates on the device."""
     preset: str = "s"
     """Named settings that other flags override: those named by letters for a CPU, the others as published."""
     seed: int = 0
@@ -115,7 +117,7 @@ def execute(
     check_config(config)
     if config.debug:
         use_debugging(config.num_seeds)
-    source = make_source(config.task, config.loop.action_repeat)
+    source = make_source(config.task, config.loop.action_repeat, config.env_backend)
     loop = dataclasses.replace(config.loop, action_repeat=source.spec.action_repeat)
     length = loop.batch_length + extra_rows
     clock = make_clock(loop, config.steps, length)

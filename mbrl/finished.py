@@ -62,7 +62,7 @@ def rebuild(stored: Mapping[str, Any]) -> Parts:
             plan=override(PlanConfig(), config.get("plan", {})),
         )
         loop = override(LoopConfig(), config["loop"])
-        source = make_source(config["task"], loop.action_repeat)
+        source = make_source(config["task"], loop.action_repeat, config.get("env_backend", "host"))
     except KeyError as error:
         raise UserError(f"config.json has no entry {error}, so the run cannot be rebuilt") from error
     model = factory(settings.model, source.spec)
