@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import jax
-import tyro
 
-from mbrl.config import check_config, differences, early_flags, override
+from mbrl.config import check_config, differences, early_flags, override, parse_flags
 from mbrl.drivers import make_source
 from mbrl.errors import UserError
 from mbrl.finished import learned_by
@@ -51,7 +50,7 @@ class Experiment:
     debug: bool = False
     """Run the same code without compiling, one seed: slow, for breakpoints and prints."""
     loop: LoopConfig = field(default_factory=LoopConfig)
-    """Loop."""
+    """Environments, replay, how often to update, log, evaluate and save."""
 
 
 C = TypeVar("C", bound=Experiment)
@@ -77,7 +76,7 @@ def parse(
         device = "this machine has no accelerator" if cpu else f"found {jax.devices()[0].device_kind}"
         print(f"preset {early.preset}: {device}; choose another with --preset {{{','.join(presets)}}}")
     config = default(early.preset, **{name: getattr(early, name) for name in parts})
-    return tyro.cli(type(config), args=argv, default=config)
+    return parse_flags(argv, config)
 
 
 def resumed(argv: Sequence[str], default: Callable[..., C], run_dir: str, parts: dict[str, str]) -> C:
@@ -93,7 +92,7 @@ def resumed(argv: Sequence[str], default: Callable[..., C], run_dir: str, parts:
     config = override(default(stored["preset"], **named), stored)
     config = dataclasses.replace(config, run_dir=run_dir, resume=True)
     free = dataclasses.replace(config, video=False, debug=False, from_run="")  # they may change
-    given = tyro.cli(type(config), args=argv, default=free)
+    given = parse_flags(argv, free)
     config = dataclasses.replace(config, video=given.video, debug=given.debug, from_run=given.from_run)
     if changed := differences(config, given):
         raise UserError(f"--resume continues a run as it was started, but {changed[0]} differs from it")
@@ -119,6 +118,11 @@ def execute(
         use_debugging(config.num_seeds)
     source = make_source(config.task, config.loop.action_repeat, config.env_backend)
     loop = dataclasses.replace(config.loop, action_repeat=source.spec.action_repeat)
+    if loop.env_workers and source.env is not None:
+        raise UserError(
+            f"loop.env_workers is {loop.env_workers}, but {config.task} is part of the compiled program: it "
+            "must be 0"
+        )
     length = loop.batch_length + extra_rows
     clock = make_clock(loop, config.steps, length)
     seeds = Seeds.make(config.seed, config.num_seeds)

@@ -55,7 +55,7 @@ def is_jax(name: str) -> bool:
     if _is_own(name):
         return "seed" not in inspect.signature(_own(name)).parameters
     base, colon, _ = name.partition(":")
-    return base in REGISTRY or bool(colon) and base in FAMILIES
+    return base in REGISTRY or (bool(colon) and base in FAMILIES)
 
 
 def make_jax(name: str, **options: Any) -> JaxEnv:

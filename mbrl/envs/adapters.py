@@ -11,8 +11,8 @@ from mbrl.types import PyTree, TimeStep
 
 
 def contain(timestep: TimeStep) -> TimeStep:
-    """Ends the episode as truncated, with zeros in place of observation and reward, where one of their numbers
-    is not finite: what `HostPool` does on the host."""
+    """Ends the episode as truncated, with zeros in place of observation and reward, where one of their
+    numbers is not finite: what `HostPool` does on the host."""
     numbers = [x for x in jax.tree.leaves((timestep.obs, timestep.reward)) if x.dtype.kind == "f"]
     good = jnp.stack([jnp.isfinite(x).all() for x in numbers]).all()
     obs, reward = jax.tree.map(lambda x: jnp.where(good, x, 0), (timestep.obs, timestep.reward))

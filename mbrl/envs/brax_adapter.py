@@ -55,7 +55,7 @@ def make_playground(name: str) -> JaxEnv:
     MJX's implementation in JAX, where Playground itself would take Warp. Raises ValueError for other tasks,
     UserError without playground.
     """
-    library = _import("mujoco_playground.dm_control_suite", f"playground:{name}", "playground")
+    library = _import("mujoco_playground", f"playground:{name}", "playground").dm_control_suite
     if name not in library.ALL_ENVS:
         raise ValueError(f"playground has no task {name!r}, it must be one of: {', '.join(library.ALL_ENVS)}")
     length = library.get_default_config(name).episode_length

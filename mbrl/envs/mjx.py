@@ -30,8 +30,9 @@ FRAMES = 1000
 
 
 class State(NamedTuple):
-    """What an episode carries. position: [nq]; velocity: [nv]; acceleration: [nv], where the next solve of the
-    constraints starts; target: where the task draws one, else (); frame: int32 [], control steps so far."""
+    """What an episode carries. position: [nq]; velocity: [nv]; acceleration: [nv], where the next solve of
+    the constraints starts; target: where the task draws one, else (); frame: int32 [], control steps so far.
+    """
 
     position: Array
     velocity: Array
@@ -70,9 +71,9 @@ def tolerance(
     high: float = math.inf,
     margin: float = 0.0,
     at_margin: float = 0.1,
-    shape="gaussian",
+    shape: str = "gaussian",
 ) -> Array:
-    """1 within [low, high], falling to ``at_margin`` at the distance ``margin``: ``dm_control.utils.rewards``."""
+    """1 within [low, high], falling to ``at_margin`` at a distance of ``margin``, as dm_control's."""
     inside = (low <= x) & (x <= high)
     if margin == 0:
         return inside.astype(jnp.float32)
@@ -332,8 +333,8 @@ TASKS: dict[str, Callable[[Any], Task]] = {
 def make(task: str, action_repeat: int = 2) -> JaxEnv:
     """A task of dm_control as an environment written in JAX, with the observations and rewards of the host.
 
-    task: any spelling that ``mbrl.envs.dmc.canonical`` accepts of one of `TASKS`. action_repeat: control steps
-    per agent step; it must divide the 1000 of an episode. Episodes end by truncation only.
+    task: any spelling that ``mbrl.envs.dmc.canonical`` accepts of one of `TASKS`. action_repeat: control
+    steps per agent step; it must divide the 1000 of an episode. Episodes end by truncation only.
     Raises ValueError for other tasks and counts, UserError where mujoco-mjx is not installed.
     """
     name = dmc.canonical(task)
