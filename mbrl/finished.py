@@ -27,7 +27,8 @@ from mbrl.seeds import Seeds
 from mbrl.types import Agent, Array, PyTree, Starts, Trajectory, WorldModel
 
 # Import paths, not imports: parts of an agent load only when a run names them.
-AGENTS = {"dreamer": "mbrl.agents.dreamer", "tdmpc": "mbrl.agents.tdmpc"}
+AGENTS = {"dreamer": "mbrl.agents.dreamer", "tdmpc": "mbrl.agents.tdmpc", "pets": "mbrl.agents.pets"}
+ONLY_MODEL = {"tdmpc": "tdmpc", "pets": "ensemble"}  # of agents that have but one world model
 
 
 class Parts(NamedTuple):
@@ -50,7 +51,7 @@ def rebuild(stored: Mapping[str, Any]) -> Parts:
         if not isinstance(config.get("agent"), Mapping):
             raise UserError("this run trained no agent, so there is none to load")
         kind = choose("agent", stored.get("agent", "dreamer"), list(AGENTS))
-        name = config.get("world_model", kind)  # TD-MPC2 has one world model, of its own name
+        name = ONLY_MODEL.get(kind) or config["world_model"]
         factory = load_factory("world_model", name, resolve("world_models:REGISTRY"))
         agents = importlib.import_module(AGENTS[kind])
         planner = config.get("planner", "none")

@@ -2,7 +2,7 @@
 
 A preset maps the parts of an experiment's config to field values. Of Dreamer, "model" holds fields that
 every latent world model has, "rssm" and the like those of one backbone; "agent/transformer" and the like what
-behaviour needs with that backbone. Of TD-MPC2, "search" holds settings by planner.
+behaviour needs with that backbone. Of TD-MPC2 and PETS, "search" holds settings by planner.
 """
 
 from __future__ import annotations
@@ -202,6 +202,42 @@ TDMPC: dict[str, Preset] = {
 }
 
 
+def _pets(model: dict[str, Any], search: Preset, plan: dict[str, Any], loop: dict[str, Any]) -> Preset:
+    """PETS: one environment, random actions first, then a plan for every step. Four frames per step in
+    dm_control, so that a short plan sees far."""
+    common = {"num_envs": 1, "action_repeat": 4, "batch_length": 4}
+    loop = common | {"prefill_random": True, "replay_online": False} | loop
+    return {"model": model, "agent": {}, "search": search, "plan": plan, "loop": loop}
+
+
+SHORT = {"horizon": 25, "samples": 64, "elites": 8, "iterations": 3}
+
+PETS: dict[str, Preset] = {
+    # For CPU cores: narrow networks, short plans of few candidates, one particle for each member.
+    "s": _pets(
+        {"layers": 2, "units": 64},
+        {name: SHORT for name in ("cem", "icem", "mppi")},
+        {"particles": 5},
+        {
+            "batch_size": 64,
+            "train_ratio": 256.0,
+            "prefill": 500,
+            "pretrain": 500,
+            "eval_every": 5000,
+            "eval_episodes": 3,
+            "log_every": 1000,
+        },
+    ),
+    # PETS' own sizes and planner; it learns all the time instead of for five epochs after each episode.
+    "paper": _pets(
+        {},
+        {},
+        {"particles": 20},
+        {"batch_size": 64, "train_ratio": 256.0, "prefill": 500, "pretrain": 500},
+    ),
+}
+
+
 class About(NamedTuple):
     """What to expect of a preset, on cartpole_swingup and 2 CPU cores without a GPU: docs/results.md and
     docs/performance.md have the measurements."""
@@ -231,6 +267,10 @@ ABOUT: dict[str, dict[str, About]] = {
         "19M": About("18 M", "for accelerators", UNTRIED),
         "48M": About("47 M", "for accelerators", UNTRIED),
         "317M": About("312 M", "for accelerators", UNTRIED),
+    },
+    "PETS": {
+        "s": About("32 k", "not measured", "not measured"),
+        "paper": About("0.5 M", "for accelerators", UNTRIED),
     },
 }
 """By agent and preset, as ``python -m mbrl presets`` prints it."""

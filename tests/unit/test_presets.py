@@ -11,11 +11,13 @@ from mbrl import envs
 from mbrl.agents import dreamer
 from mbrl.agents.dreamer import DreamerConfig
 from mbrl.config import config_type, load_factory, override
-from mbrl.presets import ABOUT, DREAMER, MEMORY, TDMPC
+from mbrl.planning import PlanConfig
+from mbrl.presets import ABOUT, DREAMER, MEMORY, PETS, TDMPC
 from mbrl.probing import ProbeConfig
 from mbrl.programs import LoopConfig, make_clock
 from mbrl.types import ArraySpec, EnvSpec
 from world_models import rssm
+from world_models.ensemble import EnsembleConfig
 from world_models.rssm import RSSMConfig
 
 WALKER = EnvSpec(
@@ -105,6 +107,17 @@ def test_preset_is_consistent(name):
     assert per_step * loop.batch_size * loop.batch_length == pytest.approx(loop.train_ratio)
 
 
+@pytest.mark.parametrize("name", PETS)
+def test_pets_preset(name):
+    """Every elite runs an equal share of the particles; one update per agent step."""
+    values = PETS[name]
+    model, plan = override(EnsembleConfig(), values["model"]), override(PlanConfig(), values["plan"])
+    assert plan.particles % model.elites == 0
+    loop = override(LoopConfig(), values["loop"])
+    clock = make_clock(loop, 10_000, loop.batch_length + 1)
+    assert clock.updates == clock.rows * loop.num_envs
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_settings(name):
     """What all published sizes share: the defaults of the configs are the paper's numbers."""
@@ -132,6 +145,7 @@ def test_every_preset_is_described():
     assert {name: list(rows) for name, rows in ABOUT.items()} == {
         "DreamerV3": list(DREAMER),
         "TD-MPC2": list(TDMPC),
+        "PETS": list(PETS),
     }
     for name, about in ABOUT["DreamerV3"].items():
         number, unit = about.parameters.split()
