@@ -349,7 +349,7 @@ def make(task: str, action_repeat: int = 2) -> JaxEnv:
         )
     model, substeps = dmc.model(name)
     task_of, simulation = TASKS[name](model), simulate(model)
-    low, high = np.float32(model.actuator_ctrlrange.T)
+    low, high = model.actuator_ctrlrange.T.astype(np.float32)
 
     def reset(key: Array) -> tuple[State, TimeStep]:
         position, velocity, target = task_of.start(simulation, key)
