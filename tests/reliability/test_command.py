@@ -70,6 +70,9 @@ def command():
         ("--agent.lam 1.5", ["agent.lam", "1.5", "between 0 and 1"]),
         ("--agent.optimiser.learning-rate nan", ["optimiser.learning_rate", "nan"]),
         ("--task probe_action_discrete", ["agent.actor_grad", "dynamics", "discrete"]),
+        ("--task tmaze:5 --obs pixels", ["--task", "tmaze:5", "no pictures", "pendulum"]),
+        ("--task pendulum --obs pixels --camera.size 36", ["36 x 36", "multiples of"]),
+        ("--task pendulum --obs both --model.image-blocks 3", ["model.image_blocks", "3", "divide"]),
         ("--planner mpi", ["--planner", "mpi", "mppi", "none"]),
         ("--planner mppi --search.samples 32", ["search.elites", "64", "search.samples"]),
         ("--debug --num-seeds 2", ["--debug", "num_seeds is 2"]),
@@ -162,6 +165,7 @@ def run(command, folder, *flags):
 DREAMER = [("dreamer_dmc", TINY, task, 600) for task in ("pendulum", "cartpole_swingup")]
 CASES = [
     *((*case, ()) for case in DREAMER),
+    ("dreamer_dmc", TINY, "pendulum", 600, ("--obs", "pixels", "--camera.size", "16")),
     ("tdmpc_dmc", TINY_TDMPC, "cartpole_swingup", 224, ("--loop.env-workers", "1")),
     ("pets", TINY_PETS, "pendulum", 600, ()),
     *(
@@ -196,6 +200,9 @@ def test_resume_is_exact(tmp_path, script, tiny, task, steps, more):
     assert timeless(part) == rows
     assert leaves(final) == leaves(tmp_path / "final")
     assert json.loads((part / "summary.json").read_text())["eval_return"] == summary["eval_return"]
+    films = sorted(path.name for path in part.glob("videos/*"))
+    assert films == (["open_loop_image.gif", "open_loop_image.png"] if "--obs" in more else [])
+    assert ("data:image/gif;base64," in (part / "report.html").read_text()) == bool(films)
     assert mbrl.load(part).frames == found[-1]
 
 

@@ -71,7 +71,7 @@ def test_a_simulation_that_diverges_ends_its_episode():
 
 def test_tasks_are_those_of_dm_control():
     assert set(mjx.TASKS) <= set(dmc.task_names())
-    assert make_source("cup_catch", 1, "host").spec.name == "ball_in_cup_catch"
+    assert make_source("cup_catch", 1, backend="host").spec.name == "ball_in_cup_catch"
 
 
 @pytest.mark.parametrize(
@@ -84,13 +84,18 @@ def test_tasks_are_those_of_dm_control():
 )
 def test_refusals(task, repeat, part):
     with pytest.raises(UserError) as caught:
-        make_source(task, repeat, "mjx")
+        make_source(task, repeat, backend="mjx")
     assert part in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(UserError, match="env_backend is 'gpu'"):
-        make_source(task, repeat, "gpu")
+        make_source(task, repeat, backend="gpu")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["cartpole_swingup", "cheetah_run", "walker_walk"])
 def test_check(task):
     assert envs.check(device(task)[0])
+
+
+def test_no_pictures():
+    with pytest.raises(UserError, match="--obs pixels needs --env-backend host"):
+        make_source(LIGHT, 2, "pixels", backend="mjx")
