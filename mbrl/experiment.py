@@ -13,10 +13,9 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-import tyro
 
 from mbrl import processes
-from mbrl.config import check_config, differences, early_flags, override
+from mbrl.config import check_config, differences, early_flags, override, parse_flags
 from mbrl.drivers import make_source
 from mbrl.errors import UserError
 from mbrl.finished import learned_by
@@ -61,7 +60,7 @@ class Experiment:
     debug: bool = False
     """Run the same code without compiling, one seed: slow, for breakpoints and prints."""
     loop: LoopConfig = field(default_factory=LoopConfig)
-    """Loop."""
+    """Environments, replay, how often to update, log, evaluate and save."""
 
 
 C = TypeVar("C", bound=Experiment)
@@ -92,7 +91,7 @@ def parse(
         device = "this machine has no accelerator" if cpu else f"found {jax.devices()[0].device_kind}"
         print(f"preset {early.preset}: {device}; choose another with --preset {{{','.join(presets)}}}")
     config = default(early.preset, **{name: getattr(early, name) for name in parts})
-    return tyro.cli(type(config), args=argv, default=config)
+    return parse_flags(argv, config)
 
 
 FREE = ("video", "debug", "from_run", "data_parallel", "distributed")
@@ -116,7 +115,7 @@ def resumed(
     config = override(default(stored["preset"], **named), stored)
     config = dataclasses.replace(config, run_dir=run_dir, resume=True)
     unset = {name: getattr(Experiment, name) for name in FREE}
-    given = tyro.cli(type(config), args=argv, default=dataclasses.replace(config, **unset))
+    given = parse_flags(argv, dataclasses.replace(config, **unset))
     config = dataclasses.replace(config, **{name: getattr(given, name) for name in FREE})
     if changed := differences(config, given):
         raise UserError(f"--resume continues a run as it was started, but {changed[0]} differs from it")
