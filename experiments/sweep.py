@@ -139,7 +139,8 @@ def report(rows: list[dict[str, Any]], folder: Path) -> None:
             seeds = " ".join(map(str, row["seeds"]))
             writer.writerow([*values, row["iqm"], *row["ci"], row["run"], seeds, returns])
             shown = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values]
-            table.add_row(*shown, f"{row['iqm']:.1f}", "{:.1f} to {:.1f}".format(*row["ci"]), returns)
+            interval = "one seed" if len(row["seeds"]) == 1 else "{:.1f} to {:.1f}".format(*row["ci"])
+            table.add_row(*shown, f"{row['iqm']:.1f}", interval, returns)
     Console().print(table)
 
 

@@ -19,7 +19,7 @@ from mbrl.config import check_config, differences, early_flags, override, parse_
 from mbrl.drivers import make_source
 from mbrl.errors import UserError
 from mbrl.finished import learned_by
-from mbrl.memory import check_memory
+from mbrl.memory import check_memory, compile_and_check
 from mbrl.population import check_varied, with_hyper
 from mbrl.processes import all_do, leads, one_voice
 from mbrl.programs import LoopConfig, make_clock
@@ -201,7 +201,7 @@ def launch(
     stored: what config.json shall hold. name: of agent and settings, for titles. start: fields of the train
     state that a new run begins with.
     """
-    check_memory(run, print)
+    least = check_memory(run)
     # Before anything is written: it may be refused.
     learned = learned_by(from_run, run.shapes().train, len(run.seeds)) if from_run and not resume else {}
     learned = {**learned, **start}
@@ -211,7 +211,10 @@ def launch(
     task = run.source.spec.name
     with folder:
         print(f"{task}: {name}, run folder {folder.path}")
-        summary = train(run, folder, resume, video, learned)
+        programs, began = run.programs(), time.perf_counter()
+        compile_and_check(run, programs, least, print)
+        made = programs, time.perf_counter() - began
+        summary = train(run, folder, resume, video, learned, made)
         if leads():
             finish(folder, summary, task, f"{task}: {name}")
     return summary

@@ -27,6 +27,7 @@ import numpy as np
 import optax
 
 from mbrl import checkpoints, envs, optimisers
+from mbrl.config import override
 from mbrl.drivers import Source, make_source
 from mbrl.experiment import launch
 from mbrl.optimisers import OptimiserConfig
@@ -111,8 +112,9 @@ LOOP = LoopConfig(
 )
 
 
-def make_run(seeds: Seeds, source: Source = SOURCE, steps: int = 800) -> Run:
-    return Run(regression(source.spec), source, seeds, LOOP, make_clock(LOOP, steps, 4), 4)
+def make_run(seeds: Seeds, source: Source = SOURCE, steps: int = 800, **loop: Any) -> Run:
+    config = override(LOOP, loop)
+    return Run(regression(source.spec), source, seeds, config, make_clock(config, steps, 4), 4)
 
 
 def train(folder: Path, steps: int) -> None:
