@@ -38,6 +38,8 @@ class Experiment:
     task: str = "cartpole_swingup"
     """A dm_control task by its usual name (walker_walk, cup_catch, ...), a JAX environment (pendulum,
     tmaze:20), gym:NAME of gymnasium, or module:function of your own."""
+    env_backend: str = "host"
+    """Where dm_control's tasks run: host, or mjx for those that MuJoCo MJX simulates on the device."""
     obs: Shown = "state"
     """What the agent sees: the state of the task, what a camera shows of it, or both."""
     camera: CameraConfig = CAMERA
@@ -150,7 +152,9 @@ def execute(
     check_config(config)
     if config.debug:
         use_debugging(config.num_seeds)
-    source = make_source(config.task, config.loop.action_repeat, config.obs, config.camera)
+    source = make_source(
+        config.task, config.loop.action_repeat, config.obs, config.camera, config.env_backend
+    )
     loop = dataclasses.replace(config.loop, action_repeat=source.spec.action_repeat)
     if loop.env_workers and source.env is not None:
         raise UserError(
