@@ -170,7 +170,7 @@ def execute(
     run = Run(with_hyper(build, config, list(vary)), source, seeds, loop, clock, length)
     run_dir = config.run_dir or default_folder(config.task, config.preset)
     stored = {"agent": kind, "config": dataclasses.asdict(config)} | ({"vary": dict(vary)} if vary else {})
-    start = {"hyper": {field: np.float32(values) for field, values in vary.items()}} if vary else {}
+    start = {"hyper": {field: np.array(values, np.float32) for field, values in vary.items()}} if vary else {}
     title = f"{name}, {config.preset}"
     return launch(run, stored, run_dir, title, config.resume, config.video, config.from_run, start)
 
