@@ -17,7 +17,7 @@ import numpy as np
 from mbrl import checkpoints, evaluation, video
 from mbrl.agents.planning import assemble, default_search
 from mbrl.config import choose, config_type, load_factory, override, resolve
-from mbrl.drivers import Source, make_pool, make_source
+from mbrl.drivers import Source, make_pool, stored_source
 from mbrl.errors import UserError, check_at_least
 from mbrl.imagination import rollout
 from mbrl.planning import PlanConfig
@@ -63,7 +63,7 @@ def rebuild(stored: Mapping[str, Any]) -> Parts:
             plan=override(PlanConfig(), config.get("plan", {})),
         )
         loop = override(LoopConfig(), config["loop"])
-        source = make_source(config["task"], loop.action_repeat)
+        source = stored_source(config)
     except KeyError as error:
         raise UserError(f"config.json has no entry {error}, so the run cannot be rebuilt") from error
     model = factory(settings.model, source.spec)

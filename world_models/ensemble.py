@@ -12,6 +12,7 @@ import numpy as np
 
 from mbrl.distributions import Bernoulli, SymlogMSE, one_hot
 from mbrl.errors import UserError, check_at_least, check_between
+from mbrl.images import split_obs
 from mbrl.losses import episode_discount, gaussian_nll, soft_bounds
 from mbrl.networks import MAX_LAYERS, MLP, apply, flatten_obs, symlog
 from mbrl.types import Array, EnvSpec, Observed, Prediction, Starts, Trajectory, WorldModel
@@ -75,6 +76,8 @@ def make(config: EnsembleConfig, spec: EnvSpec) -> WorldModel:
     check(config)
     c = config
     discount = c.discount or episode_discount(spec.max_steps)
+    if images := split_obs(spec.obs)[0]:
+        raise UserError(f"the ensemble predicts vectors and no images, {spec.name} has {', '.join(images)}")
     size, action_size = sum(s.size * (s.classes or 1) for s in spec.obs.values()), spec.action.size
     member = MLP(c.layers, c.units, 2 * size)
     heads = {"reward": MLP(c.head_layers, c.units, 1)}
