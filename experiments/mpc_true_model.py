@@ -1,7 +1,6 @@
 """Model predictive control with the true dynamics: what a planner reaches when its model has no error.
 
     python experiments/mpc_true_model.py --task cartpole --planner icem --num-seeds 3 --num-envs 4
-    python experiments/mpc_true_model.py --task cartpole_swingup --env-backend mjx --planner icem --num-envs 2
 
 Prints one line of JSON.
 """
@@ -19,17 +18,13 @@ import numpy as np
 import planners
 from mbrl import envs
 from mbrl.config import choose, config_type, early_flags, load_factory, override, parse_flags, run_main
-from mbrl.drivers import make_source
 from mbrl.errors import check_at_least
 from mbrl.planning import PlanConfig, RuleConfig, make_planner, plan_objective
 from mbrl.seeds import Seeds, use_compilation_cache, use_cpu_devices
 from mbrl.true_model import control, simulator_of_env
-from mbrl.types import JaxEnv
 
 ACTION_REPEAT = {"cartpole": 4, "pendulum": 4, "pendulum_dense": 4}
 """Simulator frames per agent step: plans of a second in few steps. No policy knows of this choice."""
-MJX_REPEAT = 4
-"""Control steps per agent step of tasks in MJX."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +34,7 @@ class Config:
     search: RuleConfig
     """Settings of the planner."""
     task: str = "cartpole"
-    """An environment written in JAX (cartpole, pendulum, pendulum_dense), or a task of dm_control in MJX."""
-    env_backend: str = "jax"
-    """Where the task's physics comes from: jax, written here, or mjx, MuJoCo's own on the device."""
+    """An environment written in JAX: cartpole, pendulum, pendulum_dense."""
     planner: str = "icem"
     """Planner by name (mppi, mppi_classic, cem, icem, random, gradient)."""
     seed: int = 0
@@ -74,23 +67,15 @@ def find_planner(name: str):
     return load_factory("--planner", name, registry)
 
 
-def make_env(config: Config) -> JaxEnv:
-    """The environment, which is its own simulator."""
-    if choose("--env-backend", config.env_backend, ["jax", "mjx"]) == "jax":
-        task = choose("--task", config.task, list(ACTION_REPEAT))
-        return envs.make_jax(task, action_repeat=ACTION_REPEAT[task])
-    source = make_source(config.task, MJX_REPEAT, backend="mjx")
-    assert source.env is not None
-    return source.env
-
-
 def main(argv: Sequence[str]) -> None:
     early = early_flags(argv, planner="icem", num_seeds=1)
     use_cpu_devices(max(1, early.num_seeds))
     config = parse_flags(argv, default_config(early.planner))
     check_at_least("num_envs", config.num_envs, 1)
     check_at_least("steps", config.steps, 0)
-    env = make_env(config)
+    env = envs.make_jax(
+        choose("--task", config.task, list(ACTION_REPEAT)), action_repeat=ACTION_REPEAT[config.task]
+    )
     steps = config.steps or env.spec.max_steps or 0
     rule = find_planner(config.planner)(config.search, env.spec.action)
     planner = make_planner(simulator_of_env(env), rule, config.plan)
@@ -109,7 +94,6 @@ def main(argv: Sequence[str]) -> None:
     plans = steps * returns.size / config.plan.replan_every / config.plan.action_block
     result = {
         "task": config.task,
-        "env_backend": config.env_backend,
         "planner": config.planner,
         "search": asdict(config.search),
         "warm_start": config.warm_start,
