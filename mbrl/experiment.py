@@ -6,10 +6,11 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 
+from mbrl import sinks
 from mbrl.config import check_config, differences, early_flags, override, parse_flags
 from mbrl.drivers import make_source
 from mbrl.errors import UserError
@@ -45,6 +46,8 @@ class Experiment:
     """Start from what the agents in another run folder have learned; optimiser and replay start afresh."""
     video: bool = False
     """Film one episode of the final policy into videos/ of the run folder (dm_control and gymnasium)."""
+    sinks: tuple[Literal["wandb", "trackio"], ...] = ()
+    """Where metrics go beside metrics.jsonl and TensorBoard: wandb, trackio (extras of these names)."""
     debug: bool = False
     """Run the same code without compiling, one seed: slow, for breakpoints and prints."""
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -112,6 +115,7 @@ def execute(
     name: of the agent, for titles.
     """
     check_config(config)
+    sinks.check(config.sinks)
     if config.debug:
         use_debugging(config.num_seeds)
     source = make_source(config.task, config.loop.action_repeat)
@@ -128,9 +132,8 @@ def execute(
     run = Run(agent, source, seeds, loop, clock, length)
     run_dir = config.run_dir or default_folder(config.task, config.preset)
     stored = {"agent": kind, "config": dataclasses.asdict(config)}
-    return launch(
-        run, stored, run_dir, f"{name}, {config.preset}", config.resume, config.video, config.from_run
-    )
+    title = f"{name}, {config.preset}"
+    return launch(run, stored, run_dir, title, config.resume, config.video, config.from_run, config.sinks)
 
 
 def launch(
@@ -141,6 +144,7 @@ def launch(
     resume: bool = False,
     video: bool = False,
     from_run: str = "",
+    sink_names: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Trains ``run`` in its folder, new or resumed, draws its curve, prints its results, returns its summary.
 
@@ -157,6 +161,7 @@ def launch(
     task = run.source.spec.name
     with folder:
         print(f"{task}: {name}, run folder {folder.path}")
-        summary = train(run, folder, resume, video, learned)
+        opened = sinks.open_all(sink_names, folder, f"{task}: {name}")
+        summary = train(run, folder, resume, video, learned, opened)
         finish(folder, summary, task, f"{task}: {name}")
     return summary

@@ -35,10 +35,6 @@ REGISTRY: dict[str, str] = {
 MEMORY_TASKS = {"recall": "gap", "tmaze": "length", "hallway": "width", "memory_chain": "length"}
 """Tasks with one number in their name, as in ``recall:30``, and the option that it stands for."""
 
-PASSIVE_TASKS = ("recall", "hallway")
-"""Those of them whose rewards do not depend on actions."""
-
-
 GYM = "gym:"
 
 
