@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mbrl import envs
 from mbrl.collect import HostCollector
+from mbrl.config import override
+from mbrl.envs.pixels import CAMERA, CameraConfig, Shown
 from mbrl.envs.pool import HostPool
 from mbrl.envs.workers import WorkerPool
 from mbrl.errors import UserError, check_at_least
@@ -34,17 +36,32 @@ class Source(NamedTuple):
     make_host: Callable[[int], HostEnv] = _no_host
 
 
-def make_source(task: str, action_repeat: int) -> Source:
-    """The environment of the task, on the device or on the host. UserError for unknown names."""
+def make_source(
+    task: str, action_repeat: int, shown: Shown = "state", camera: CameraConfig = CAMERA
+) -> Source:
+    """The environment of the task, on the device or on the host. shown: the state, what the camera sees, or
+    both. UserError for unknown names, and where nothing can be rendered."""
     check_at_least("loop.action_repeat", action_repeat, 1)
+    make_host = partial(envs.make_host, task, action_repeat=action_repeat, shown=shown, camera=camera)
     try:
         if envs.is_jax(task):
-            env = envs.make_jax(task)
+            env = envs.make_jax(task, shown, camera)
             return Source(env.spec, env)
-        spec = envs.make_host(task, 0, action_repeat).spec
+        env = make_host(seed=0)
+        if shown != "state":
+            env.reset()
+            env.close()
     except ValueError as error:
         raise UserError(f"--task: {error}") from None
-    return Source(spec, make_host=partial(envs.make_host, task, action_repeat=action_repeat))
+    except RuntimeError as error:
+        raise UserError(f"--obs {shown}: {error}") from None
+    return Source(env.spec, make_host=make_host)
+
+
+def stored_source(config: Mapping[str, Any]) -> Source:
+    """The environment of a run, from the config that it stored."""
+    camera = override(CAMERA, config.get("camera", {}))
+    return make_source(config["task"], config["loop"]["action_repeat"], config.get("obs", "state"), camera)
 
 
 class DeviceDriver:

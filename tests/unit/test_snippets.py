@@ -101,6 +101,8 @@ def test_commands(page, folder, monkeypatch):
 
 def check(words: list[str], monkeypatch) -> None:
     """Runs a command as far as that costs little. Fails for what nobody understands."""
+    while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words = words[1:]
     if "&&" in words:
         at = words.index("&&")
         check(words[:at], monkeypatch)
@@ -119,6 +121,8 @@ def check(words: list[str], monkeypatch) -> None:
                 assert Path(path).exists() and not flags  # run by tests of their own
             else:
                 parse(monkeypatch, lambda: runpy.run_path(path, run_name="__main__"))
+        case ["srun", *_] if "python" in words:
+            check(words[words.index("python") :], monkeypatch)
         case ["make", *_]:
             plan = subprocess.run([*words, "-n"], capture_output=True, text=True, check=True).stdout
             for line in re.findall(r"bin/(python \w+/\w+\.py.*)", plan):
