@@ -55,9 +55,7 @@ def open_all(names: Sequence[str], folder: RunFolder, title: str) -> list[Sink]:
 
 
 def _wandb(folder: RunFolder, title: str, identity: str, resumed: bool, settings: Mapping[str, Any]) -> Sink:
-    import wandb
-
-    run = wandb.init(
+    run = importlib.import_module("wandb").init(
         project=PROJECT,
         name=folder.path.resolve().name,
         id=identity,
@@ -72,11 +70,11 @@ def _wandb(folder: RunFolder, title: str, identity: str, resumed: bool, settings
 def _trackio(
     folder: RunFolder, title: str, identity: str, resumed: bool, settings: Mapping[str, Any]
 ) -> Sink:
-    import trackio
-
     name = f"{folder.path.resolve().name}-{identity}"  # names are what trackio resumes by
     resume = "allow" if resumed else "never"
-    run = trackio.init(project=PROJECT, name=name, config=dict(settings) | {"title": title}, resume=resume)
+    run = importlib.import_module("trackio").init(
+        project=PROJECT, name=name, config=dict(settings) | {"title": title}, resume=resume
+    )
     return Sink("trackio", lambda values, step: run.log(values, step=step), run.finish)
 
 
