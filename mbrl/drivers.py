@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mbrl import envs
-from mbrl.collect import HostCollector
+from mbrl.collect import Episodes, HostCollector
 from mbrl.envs.pool import HostPool
 from mbrl.errors import UserError, check_at_least
 from mbrl.programs import Programs, RunState
@@ -22,16 +22,27 @@ def _no_host(seed: int) -> HostEnv:
 
 class Source(NamedTuple):
     """Where experience comes from. env: one JAX environment, or None; make_host(seed) -> one host
-    environment, used when env is None."""
+    environment, used when env is None. With neither there is recorded experience only."""
 
     spec: EnvSpec
     env: JaxEnv | None = None
     make_host: Callable[[int], HostEnv] = _no_host
 
+    @property
+    def playable(self) -> bool:
+        """Whether there is an environment."""
+        return self.env is not None or self.make_host is not _no_host
+
+
+NO_TASK = "none"
+"""Instead of a task: nothing but recorded episodes."""
+
 
 def make_source(task: str, action_repeat: int) -> Source:
     """The environment of the task, on the device or on the host. UserError for unknown names."""
     check_at_least("loop.action_repeat", action_repeat, 1)
+    if task == NO_TASK:
+        raise UserError("--task none needs --offline DATA: without an environment nothing can be collected")
     try:
         if envs.is_jax(task):
             env = envs.make_jax(task)
@@ -40,6 +51,37 @@ def make_source(task: str, action_repeat: int) -> Source:
     except ValueError as error:
         raise UserError(f"--task: {error}") from None
     return Source(spec, make_host=lambda seed: envs.make_host(task, seed, action_repeat))
+
+
+def source_of(stored: Mapping[str, Any]) -> Source:
+    """The environment of a run, from what its ``config.json`` holds."""
+    config = stored["config"]
+    if config["task"] == NO_TASK:
+        return Source(EnvSpec.of_json(stored["spec"]))
+    return make_source(config["task"], config["loop"]["action_repeat"])
+
+
+class OfflineDriver:
+    """Advances a run that learns from the recorded episodes in its replay."""
+
+    stride = 1
+
+    def __init__(self, programs: Programs, num_seeds: int):
+        self.programs, self.num_seeds = programs, num_seeds
+
+    def advance(self, state: RunState, keys, iteration: int, learning: bool):
+        """As `DeviceDriver.advance`, with no episodes."""
+        none = np.zeros(self.num_seeds)
+        return *self.programs.update(state, keys, np.int32(iteration)), Episodes(none, none)
+
+    def faults(self) -> np.ndarray:
+        return np.zeros(1, int)
+
+    def get_state(self) -> dict[str, np.ndarray]:
+        return {}
+
+    def set_state(self, extra: dict[str, np.ndarray]) -> None:
+        pass
 
 
 class DeviceDriver:

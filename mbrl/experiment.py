@@ -11,16 +11,17 @@ from typing import Any, TypeVar
 import jax
 import tyro
 
+from mbrl import dataset
 from mbrl.config import check_config, differences, early_flags, override
-from mbrl.drivers import make_source
+from mbrl.drivers import NO_TASK, Source, make_source, source_of
 from mbrl.errors import UserError
 from mbrl.finished import learned_by
 from mbrl.memory import check_memory
-from mbrl.programs import LoopConfig, make_clock
+from mbrl.programs import LoopConfig, make_clock, make_offline_clock
 from mbrl.run_folder import RunFolder
 from mbrl.seeds import Seeds, use_compilation_cache, use_cpu_devices, use_debugging
 from mbrl.train import Run, finish, train
-from mbrl.types import Agent, EnvSpec
+from mbrl.types import Agent, EnvSpec, Trajectory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,8 @@ class Experiment:
 
     task: str = "cartpole_swingup"
     """A dm_control task by its usual name (walker_walk, cup_catch, ...), a JAX environment (pendulum,
-    tmaze:20), gym:NAME of gymnasium, or module:function of your own."""
+    tmaze:20), gym:NAME of gymnasium, or module:function of your own. With --offline the environment of the
+    evaluations, by default none."""
     preset: str = "s"
     """Named settings that other flags override: those named by letters for a CPU, the others as published."""
     seed: int = 0
@@ -37,13 +39,17 @@ class Experiment:
     num_seeds: int = 1
     """Independent runs in one compiled program (S)."""
     steps: int = 80_000
-    """Length of the run in simulator frames per seed, action repeat included."""
+    """Length of the run in simulator frames per seed, action repeat included. With --offline in updates, as
+    are the intervals of loop."""
     run_dir: str = ""
     """Run folder; empty makes a new one under runs/."""
     resume: bool = False
     """Continue the run in run_dir from its newest checkpoint, with the settings stored there."""
     from_run: str = ""
     """Start from what the agents in another run folder have learned; optimiser and replay start afresh."""
+    offline: str = ""
+    """Learn from recorded episodes and collect none: a folder that python -m mbrl export wrote, that of a
+    Minari dataset, a D4RL-style file *.hdf5, or several, separated by commas."""
     video: bool = False
     """Film one episode of the final policy into videos/ of the run folder (dm_control and gymnasium)."""
     debug: bool = False
@@ -63,7 +69,7 @@ def parse(
     default(preset, **parts) -> config before flags. presets: their names. accelerator: the preset for one.
     parts: flags that decide which fields there are, by their default (world_model="rssm").
     """
-    early = early_flags(argv, preset=None, num_seeds=1, run_dir="", resume=False, **parts)
+    early = early_flags(argv, preset=None, num_seeds=1, run_dir="", resume=False, offline="", **parts)
     use_cpu_devices(max(1, early.num_seeds))
     if early.resume:
         if not early.run_dir:
@@ -75,6 +81,8 @@ def parse(
         device = "this machine has no accelerator" if cpu else f"found {jax.devices()[0].device_kind}"
         print(f"preset {early.preset}: {device}; choose another with --preset {{{','.join(presets)}}}")
     config = default(early.preset, **{name: getattr(early, name) for name in parts})
+    if early.offline:
+        config = dataclasses.replace(config, task=NO_TASK)
     return tyro.cli(type(config), args=argv, default=config)
 
 
@@ -115,18 +123,44 @@ def execute(
     check_config(config)
     if config.debug:
         use_debugging(config.num_seeds)
-    source = make_source(config.task, config.loop.action_repeat)
-    loop = dataclasses.replace(config.loop, action_repeat=source.spec.action_repeat)
-    length = loop.batch_length + extra_rows
-    clock = make_clock(loop, config.steps, length)
+    stored = {"agent": kind, "config": dataclasses.asdict(config)}
+    length = config.loop.batch_length + extra_rows
+    if config.offline:
+        source, recorded, rows = find_data(config, length)
+        # Served in order first, recorded episodes would come one by one.
+        loop = dataclasses.replace(config.loop, replay_online=False)
+        clock = make_offline_clock(loop, config.steps, rows)
+        stored |= {"spec": dataclasses.asdict(source.spec), "rows": rows}
+    else:
+        source, recorded = make_source(config.task, config.loop.action_repeat), None
+        loop = dataclasses.replace(config.loop, action_repeat=source.spec.action_repeat)
+        clock = make_clock(loop, config.steps, length)
     seeds = Seeds.make(config.seed, config.num_seeds)
     agent = make_agent(config, source.spec, clock.total_updates)
-    run = Run(agent, source, seeds, loop, clock, length)
-    run_dir = config.run_dir or default_folder(config.task, config.preset)
-    stored = {"agent": kind, "config": dataclasses.asdict(config)}
+    run = Run(agent, source, seeds, loop, clock, length, recorded)
+    run_dir = config.run_dir or default_folder(source.spec.name, config.preset)
     return launch(
         run, stored, run_dir, f"{name}, {config.preset}", config.resume, config.video, config.from_run
     )
+
+
+def find_data(config: Experiment, length: int) -> tuple[Source, Trajectory | None, int]:
+    """The environment of a run that learns from recorded episodes; these, as columns of replay; their rows.
+
+    length: rows per sampled sequence. A resumed run has the episodes in its checkpoint and reads no file.
+    """
+    if config.resume:
+        before = RunFolder.config_of(config.run_dir)
+        return source_of(before), None, before["rows"]
+    if config.task == NO_TASK:
+        found = dataset.load_joined(config.offline)
+        source = Source(found.spec)
+    else:
+        source = make_source(config.task, config.loop.action_repeat)
+        found = dataset.load_joined(config.offline, source.spec)
+    rows = dataset.columns(found, config.loop.num_envs, length)
+    print(f"{rows.reward.size:,} recorded rows: {found.source}")
+    return source, rows, len(rows.reward)
 
 
 def launch(
@@ -154,5 +188,5 @@ def launch(
     with folder:
         print(f"{task}: {name}, run folder {folder.path}")
         summary = train(run, folder, resume, video, learned)
-        finish(folder, summary, task, f"{task}: {name}")
+        finish(folder, summary, task, f"{task}: {name}", run.clock.unit)
     return summary

@@ -17,7 +17,7 @@ import numpy as np
 from mbrl import checkpoints, evaluation, video
 from mbrl.agents.planning import assemble, default_search
 from mbrl.config import choose, config_type, load_factory, override, resolve
-from mbrl.drivers import Source, make_pool, make_source
+from mbrl.drivers import Source, make_pool, source_of
 from mbrl.errors import UserError, check_at_least
 from mbrl.imagination import rollout
 from mbrl.planning import PlanConfig
@@ -62,7 +62,7 @@ def rebuild(stored: Mapping[str, Any]) -> Parts:
             plan=override(PlanConfig(), config.get("plan", {})),
         )
         loop = override(LoopConfig(), config["loop"])
-        source = make_source(config["task"], loop.action_repeat)
+        source = source_of(stored)
     except KeyError as error:
         raise UserError(f"config.json has no entry {error}, so the run cannot be rebuilt") from error
     model = factory(settings.model, source.spec)
@@ -215,7 +215,7 @@ class Finished:
         Raises UserError where nothing can be rendered, with the reason.
         """
         index, source = self._index(seed), self.parts.source
-        if source.env is not None:
+        if source.env is not None or not source.playable:
             raise UserError(f"{self.spec.name} has no pictures: only environments on the host render")
         member = Seeds.make(self.seeds.seeds[index], 1)
         pool = make_pool(source, member, 1, purpose=1)
@@ -236,6 +236,10 @@ class Finished:
         check_at_least("episodes", episodes, 1)
         keys = self.seeds.program(lambda key: stream(key, EVALUATE, 0))(self.seeds.keys())
         source = self.parts.source
+        if not source.playable:
+            raise UserError(
+                f"{self.run_dir} learned from recorded episodes without an environment to play in"
+            )
         if source.env is not None:
             run = evaluation.make_device(self.agent, source.env, self.seeds, episodes, record)
             return run(self.train, keys)
