@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import jax
-import tyro
 
 from mbrl import dataset
-from mbrl.config import check_config, differences, early_flags, override
+from mbrl.config import check_config, differences, early_flags, override, parse_flags
 from mbrl.drivers import NO_TASK, Source, make_source, source_of
 from mbrl.errors import UserError
 from mbrl.finished import learned_by
@@ -55,7 +54,7 @@ class Experiment:
     debug: bool = False
     """Run the same code without compiling, one seed: slow, for breakpoints and prints."""
     loop: LoopConfig = field(default_factory=LoopConfig)
-    """Loop."""
+    """Environments, replay, how often to update, log, evaluate and save."""
 
 
 C = TypeVar("C", bound=Experiment)
@@ -83,7 +82,7 @@ def parse(
     config = default(early.preset, **{name: getattr(early, name) for name in parts})
     if early.offline:
         config = dataclasses.replace(config, task=NO_TASK)
-    return tyro.cli(type(config), args=argv, default=config)
+    return parse_flags(argv, config)
 
 
 def resumed(argv: Sequence[str], default: Callable[..., C], run_dir: str, parts: dict[str, str]) -> C:
@@ -99,7 +98,7 @@ def resumed(argv: Sequence[str], default: Callable[..., C], run_dir: str, parts:
     config = override(default(stored["preset"], **named), stored)
     config = dataclasses.replace(config, run_dir=run_dir, resume=True)
     free = dataclasses.replace(config, video=False, debug=False, from_run="")  # they may change
-    given = tyro.cli(type(config), args=argv, default=free)
+    given = parse_flags(argv, free)
     config = dataclasses.replace(config, video=given.video, debug=given.debug, from_run=given.from_run)
     if changed := differences(config, given):
         raise UserError(f"--resume continues a run as it was started, but {changed[0]} differs from it")
@@ -135,6 +134,11 @@ def execute(
         source, recorded = make_source(config.task, config.loop.action_repeat), None
         loop = dataclasses.replace(config.loop, action_repeat=source.spec.action_repeat)
         clock = make_clock(loop, config.steps, length)
+    if loop.env_workers and source.env is not None:
+        raise UserError(
+            f"loop.env_workers is {loop.env_workers}, but {config.task} is part of the compiled program: it "
+            "must be 0"
+        )
     seeds = Seeds.make(config.seed, config.num_seeds)
     agent = make_agent(config, source.spec, clock.total_updates)
     run = Run(agent, source, seeds, loop, clock, length, recorded)

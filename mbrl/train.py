@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -18,7 +19,8 @@ from mbrl import checkpoints, evaluation, finished, plots, published, replay, re
 from mbrl import video as video_module
 from mbrl.collect import Episodes
 from mbrl.diagnose import make_dumper
-from mbrl.drivers import DeviceDriver, HostDriver, OfflineDriver, Source, make_pool
+from mbrl.drivers import DeviceDriver, HostDriver, OfflineDriver, Source, make_pool, make_workers
+from mbrl.envs.pool import HostPool
 from mbrl.errors import UserError
 from mbrl.interruption import Interrupted, Interruption
 from mbrl.logger import Logger, Progress, read_metrics, results_table
@@ -71,7 +73,7 @@ def train(
     """
     config, clock, seeds = run.config, run.clock, run.seeds
     timer, programs, keys = Timer(), run.programs(), seeds.keys()
-    driver, (evaluate, filmed) = _driver(run, programs), _evaluation(run)
+    driver, (evaluate, filmed) = _driver(run, programs), _evaluation(run, video)
     film = filmed if video and _can_film(filmed) else None
     dump = make_dumper(run.agent, run.ring(), seeds)
     eval_keys = seeds.program(lambda key: stream(key, EVALUATE, 0))(keys)
@@ -165,19 +167,22 @@ def _driver(run: Run, programs: Programs) -> OfflineDriver | DeviceDriver | Host
         return OfflineDriver(programs, len(seeds))
     if source.env is not None:
         return DeviceDriver(programs, config.chunk)
-    pool = make_pool(source, seeds, config.num_envs, purpose=0)
+    pool = make_workers(source, seeds, config.num_envs, 0, config)
     return HostDriver(programs, pool, seeds, config.num_envs, run.clock.rows)
 
 
-def _evaluation(run: Run):
+def _evaluation(run: Run, video: bool):
     """The evaluation function and its first host environment; None where there is none."""
-    agent, source, seeds, episodes = run.agent, run.source, run.seeds, run.config.eval_episodes
+    agent, source, seeds, config = run.agent, run.source, run.seeds, run.config
     if not source.playable:
         return None, None
     if source.env is not None:
-        return evaluation.make_device(agent, source.env, seeds, episodes), None
-    pool = make_pool(source, seeds, episodes, purpose=1)
-    return evaluation.make_host(agent, pool, seeds, episodes), pool.envs[0]
+        return evaluation.make_device(agent, source.env, seeds, config.eval_episodes), None
+    # What is filmed must be in this process.
+    make = make_pool if video else partial(make_workers, config=config)
+    pool = make(source, seeds, config.eval_episodes, purpose=1)
+    filmed = pool.envs[0] if isinstance(pool, HostPool) else None
+    return evaluation.make_host(agent, pool, seeds, config.eval_episodes), filmed
 
 
 def _can_film(env: HostEnv | None) -> bool:

@@ -67,6 +67,8 @@ def command():
         ("--planner mppi --search.samples 32", ["search.elites", "64", "search.samples"]),
         ("--debug --num-seeds 2", ["--debug", "num_seeds is 2"]),
         ("--loop.replay-size 4", ["loop.replay_size", "4"]),
+        ("--task pendulum --loop.env-workers 2", ["loop.env_workers is 2", "pendulum", "must be 0"]),
+        ("--loop.env-timeout 0", ["loop.env_timeout", "above 0"]),
         ("--resume", ["run"]),
     ],
 )
@@ -132,7 +134,7 @@ def run(command, folder, *flags):
 DREAMER = [("dreamer_dmc", TINY, task, 600) for task in ("pendulum", "cartpole_swingup")]
 CASES = [
     *((*case, ()) for case in DREAMER),
-    ("tdmpc_dmc", TINY_TDMPC, "cartpole_swingup", 224, ()),
+    ("tdmpc_dmc", TINY_TDMPC, "cartpole_swingup", 224, ("--loop.env-workers", "1")),
     *(
         pytest.param(*case, ("--world-model", model), marks=pytest.mark.slow)
         for model in ("s4wm", "r2i", "transformer", "koopman")
@@ -144,7 +146,7 @@ CASES = [
 @pytest.mark.parametrize(("script", "tiny", "task", "steps", "more"), CASES)
 def test_resume_is_exact(tmp_path, script, tiny, task, steps, more):
     """A run continued from its checkpoint ends in the same state and logs as one that was never stopped,
-    with environments on the device and on the host, two seeds."""
+    with environments on the device, on the host and in a worker process, two seeds."""
     command = load(script)
     flags = [*tiny, "--task", task, "--num-seeds", "2", "--steps", str(steps), *more]
     whole = tmp_path / "whole"

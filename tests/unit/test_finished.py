@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import jax
@@ -17,23 +15,7 @@ from mbrl.drivers import Source
 from mbrl.errors import UserError
 from mbrl.programs import RunState
 from mbrl.seeds import Seeds
-from tests.helpers import assert_same, one_seed, tiny_tdmpc_run
-
-ROOT = Path(__file__).parents[2]
-TINY = """
-    --preset xs --loop.num-envs 2 --loop.prefill 64 --loop.batch-size 4 --loop.batch-length 8
-    --loop.train-ratio 8 --loop.collect-steps 8 --loop.eval-episodes 2 --agent.imag-starts 4
-    --agent.horizon 3 --task pendulum --num-seeds 2 --seed 5 --steps 600
-""".split()  # noqa: SIM905
-
-
-def script(name: str):
-    """``main(argv)`` of an experiment, run in this process."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its annotations are looked up there
-    spec.loader.exec_module(module)
-    return module.main
+from tests.helpers import TINY, assert_same, one_seed, script, tiny_tdmpc_run
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +104,25 @@ def test_mistakes_are_sentences(run, call, words):
     with pytest.raises(UserError) as error:
         call(run)
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_acting_by_another_planner(run, run_dir):
+    """The same parameters, other actions."""
+    obs = {key: np.zeros((3, *entry.shape), np.float32) for key, entry in run.spec.obs.items()}
+    planned = mbrl.load(run_dir, planner="random", search={"samples": 4, "horizon": 2}, plan={"value": 0.0})
+    for ours, theirs in zip(jax.tree.leaves(run.train), jax.tree.leaves(planned.train), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert np.abs(planned.act(obs)[0] - run.act(obs)[0]).max() > 0.01
+    with pytest.raises(UserError, match="'agent', it must be one of: planner, search, plan"):
+        mbrl.load(run_dir, agent={})
+
+
+def test_another_planner_has_its_own_settings():
+    stored = {"config": {"planner": "mppi", "search": {"elites": 3}, "plan": {"particles": 2}}}
+    same = finished.act_by(stored, {"plan": {"value": 0.0}})["config"]
+    assert same["search"] == {"elites": 3} and same["plan"] == {"particles": 2, "value": 0.0}
+    other = finished.act_by(stored, {"planner": "icem", "search": {"samples": 8}})["config"]
+    assert other["planner"] == "icem" and other["search"] == {"samples": 8}
 
 
 def test_no_run_and_settings_of_another_release(run_dir, tmp_path):
