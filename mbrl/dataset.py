@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mbrl import checkpoints, hdf5
-from mbrl.drivers import source_of
+from mbrl.drivers import stored_source
 from mbrl.errors import UserError
 from mbrl.run_folder import RunFolder, write_atomic, write_json
 from mbrl.types import EnvSpec, Trajectory
@@ -51,7 +51,7 @@ def from_run(run_dir: str | os.PathLike) -> Dataset:
         *(f".replay.data.{name}" for name in ("obs", *_FIELDS)),
         ".replay.inserted",
     )
-    spec = source_of(stored).spec
+    spec = stored_source(stored).spec
     inserted = arrays.pop(".replay.inserted")
     rows: dict[str, Any] = {path.removeprefix(".replay.data."): x for path, x in arrays.items()}
     data = Trajectory(obs={k: rows[f"obs[{k!r}]"] for k in spec.obs}, **{k: rows[k] for k in _FIELDS})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,9 +12,12 @@ import numpy as np
 
 from mbrl import envs
 from mbrl.collect import Episodes, HostCollector
+from mbrl.config import override
+from mbrl.envs.pixels import CAMERA, CameraConfig, Shown
 from mbrl.envs.pool import HostPool
 from mbrl.envs.workers import WorkerPool
 from mbrl.errors import UserError, check_at_least
+from mbrl.processes import gather_bytes
 from mbrl.programs import LoopConfig, Programs, RunState
 from mbrl.seeds import Seeds
 from mbrl.types import EnvSpec, HostEnv, JaxEnv
@@ -41,27 +46,37 @@ NO_TASK = "none"
 """Instead of a task: nothing but recorded episodes."""
 
 
-def make_source(task: str, action_repeat: int) -> Source:
-    """The environment of the task, on the device or on the host. UserError for unknown names."""
+def make_source(
+    task: str, action_repeat: int, shown: Shown = "state", camera: CameraConfig = CAMERA
+) -> Source:
+    """The environment of the task, on the device or on the host. shown: the state, what the camera sees, or
+    both. UserError for unknown names, and where nothing can be rendered."""
     check_at_least("loop.action_repeat", action_repeat, 1)
     if task == NO_TASK:
         raise UserError("--task none needs --offline DATA: without an environment nothing can be collected")
+    make_host = partial(envs.make_host, task, action_repeat=action_repeat, shown=shown, camera=camera)
     try:
         if envs.is_jax(task):
-            env = envs.make_jax(task)
+            env = envs.make_jax(task, shown, camera)
             return Source(env.spec, env)
-        spec = envs.make_host(task, 0, action_repeat).spec
+        env = make_host(seed=0)
+        if shown != "state":
+            env.reset()
+            env.close()
     except ValueError as error:
         raise UserError(f"--task: {error}") from None
-    return Source(spec, make_host=partial(envs.make_host, task, action_repeat=action_repeat))
+    except RuntimeError as error:
+        raise UserError(f"--obs {shown}: {error}") from None
+    return Source(env.spec, make_host=make_host)
 
 
-def source_of(stored: Mapping[str, Any]) -> Source:
+def stored_source(stored: Mapping[str, Any]) -> Source:
     """The environment of a run, from what its ``config.json`` holds."""
     config = stored["config"]
     if config["task"] == NO_TASK:
         return Source(EnvSpec.of_json(stored["spec"]))
-    return make_source(config["task"], config["loop"]["action_repeat"])
+    camera = override(CAMERA, config.get("camera", {}))
+    return make_source(config["task"], config["loop"]["action_repeat"], config.get("obs", "state"), camera)
 
 
 class OfflineDriver:
@@ -119,30 +134,69 @@ class HostDriver:
     def __init__(
         self, programs: Programs, pool: HostPool | WorkerPool, seeds: Seeds, num_envs: int, rows: int
     ):
-        self.programs, self.rows = programs, rows
-        self.collector = HostCollector(pool, len(seeds), num_envs)
+        self.programs, self.rows, self.seeds = programs, rows, seeds
+        self.collector = HostCollector(pool, len(seeds.own), num_envs)
 
     def advance(self, state: RunState, keys, iteration: int, learning: bool):
         policy = self.programs.act if learning else self.programs.act_random
 
         def act(actor, obs, is_first, i):
-            return policy(state.train, actor, obs, is_first, keys, np.int32(iteration * self.rows + i))
+            seen, step = self.seeds.put((obs, is_first)), np.int32(iteration * self.rows + i)
+            action, actor, latent = policy(state.train, actor, *seen, keys, step)
+            return self.seeds.fetch_own(action), actor, latent
 
         actor, rows, latents, episodes = self.collector.collect(act, state.actor, self.rows)
-        state = state._replace(actor=actor)
+        state, rows = state._replace(actor=actor), self.seeds.put(rows)
         if learning:
             return *self.programs.learn(state, rows, latents, keys, np.int32(iteration)), episodes
         return self.programs.store(state, rows, latents), None, episodes
 
     def faults(self) -> np.ndarray:
-        """Environment failures so far [S]."""
+        """Environment failures so far [S], of the members in this process."""
         return self.collector.pool.faults.reshape(self.collector.shape).sum(1)
 
     def get_state(self) -> dict[str, np.ndarray]:
-        return self.collector.get_state()
+        """Of the environments of all processes, which must ask at the same time."""
+        own = self.collector.get_state()
+        if len(self.seeds.own) == len(self.seeds):
+            return own
+        file = io.BytesIO()
+        np.savez(file, allow_pickle=False, **own)  # pyright: ignore[reportArgumentType]
+        parts = [dict(np.load(io.BytesIO(data))) for data in gather_bytes(file.getvalue())]
+        return join_states(parts, self.collector.pool.size)
 
     def set_state(self, extra: dict[str, np.ndarray]) -> None:
-        self.collector.set_state(extra)
+        size, own = self.collector.pool.size, self.seeds.own
+        self.collector.set_state(state_part(extra, own, len(self.seeds), size))
+
+
+def join_states(parts: list[dict[str, np.ndarray]], size: int) -> dict[str, np.ndarray]:
+    """The state of a collector of all members, from those of collectors of some each, ``size`` environments
+    in every one."""
+    joined = {}
+    for name in parts[0]:
+        values = [part[name] for part in parts]
+        found = re.fullmatch(r"pool/(\d+)/(.*)", name)
+        if found is None:
+            joined[name] = np.concatenate(values)
+        else:
+            number, key = int(found[1]), found[2]
+            joined |= {f"pool/{number + i * size}/{key}": value for i, value in enumerate(values)}
+    return joined
+
+
+def state_part(state: dict[str, np.ndarray], own: range, total: int, size: int) -> dict[str, np.ndarray]:
+    """The part of ``total`` members' collector state that belongs to ``own``, which have ``size``
+    environments."""
+    first, part = own.start * size // len(own), {}
+    for name, value in state.items():
+        found = re.fullmatch(r"pool/(\d+)/(.*)", name)
+        if found is None:
+            each = len(value) // total
+            part[name] = value[own.start * each : own.stop * each]
+        elif first <= int(found[1]) < first + size:
+            part[f"pool/{int(found[1]) - first}/{found[2]}"] = value
+    return part
 
 
 def host_seed(seed: int, purpose: int, index: int) -> int:
@@ -151,7 +205,7 @@ def host_seed(seed: int, purpose: int, index: int) -> int:
 
 
 def make_pool(source: Source, seeds: Seeds, num_envs: int, purpose: int) -> HostPool:
-    """S x E host environments, member by member, in this process."""
+    """Host environments [S x E], member by member, of the members that live here, in this process."""
     return HostPool([source.make_host(seed) for seed in _host_seeds(seeds, num_envs, purpose)])
 
 
@@ -166,4 +220,5 @@ def make_workers(
 
 
 def _host_seeds(seeds: Seeds, num_envs: int, purpose: int) -> list[int]:
-    return [host_seed(s, purpose, i) for s in seeds.seeds for i in range(num_envs)]
+    members = [seeds.seeds[i] for i in seeds.own]
+    return [host_seed(s, purpose, i) for s in members for i in range(num_envs)]

@@ -42,7 +42,9 @@ class Result(NamedTuple):
 
     @property
     def task(self) -> str:
-        return self.config["task"]
+        """Its name, with what the agent sees where that is not the state."""
+        shown = self.config.get("obs", "state")
+        return self.config["task"] + ("" if shown == "state" else f"_{shown}")
 
     @property
     def offline(self) -> bool:

@@ -147,7 +147,8 @@ class Observed(NamedTuple):
     state: the carry after the last step [B]. starts: one start per posterior, states [T, B].
     features: [T, B, F]. losses: {name: [T, B]}, unscaled. metrics: {name: scalar}.
     predicted: [T, B, F], features of each step as predicted from the sequence's, or its episode's, first
-    step by the actions alone, where a model learns that way; else ().
+    step by the actions alone, where a model learns that way; else (). statistics: what a model learns without
+    gradients, the new ``params["statistics"]``, where it has such; else ().
     """
 
     state: State
@@ -156,6 +157,7 @@ class Observed(NamedTuple):
     losses: dict[str, Array]
     metrics: Metrics
     predicted: Any = ()
+    statistics: Any = ()
 
 
 class Prediction(NamedTuple):

@@ -123,7 +123,7 @@ def tiny_tdmpc_run(source: Source, seeds: Seeds) -> Run:
 def on_one_device(*seeds: int, loop: bool = False) -> Seeds:
     """These seeds, all on one device: the seed axis is a vmap (as on an accelerator), or a loop (as on a CPU),
     and nothing else."""
-    return Seeds(seeds, Mesh(np.array(jax.devices()[:1]), ("seed",)), loop)
+    return Seeds(seeds, Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("seed", "data")), loop)
 
 
 def one_seed(tree: Any, index: int) -> Any:

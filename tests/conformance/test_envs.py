@@ -12,6 +12,7 @@ import pytest
 from mbrl import envs
 from mbrl.envs import checks
 from mbrl.envs.checks import JaxAsHost
+from mbrl.envs.pixels import CameraConfig
 
 
 class Case(NamedTuple):
@@ -47,6 +48,8 @@ def gym_case(name: str, length: int | None, end: str | None = "truncated", actio
 CASES = [
     jax_case("cartpole", "truncated", 500),
     jax_case("pendulum", "truncated", 500),
+    jax_case("pendulum", "truncated", 500, shown="pixels", camera=CameraConfig(size=16, frame_stack=2)),
+    jax_case("cartpole", "truncated", 500, shown="both", camera=CameraConfig(size=16)),
     jax_case("pendulum_dense", "truncated", 7, max_steps=7),
     jax_case("probe_constant", "terminal", 5, random=False),
     jax_case("probe_constant_truncated", "truncated", 5, random=False),

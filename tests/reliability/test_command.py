@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+import mbrl
 from mbrl import checkpoints
 from mbrl.errors import UserError
 from mbrl.logger import read_metrics
@@ -29,6 +30,12 @@ TINY_TDMPC = """
     --loop.eval-every 0 --loop.checkpoint-every 128 --model.latent 8 --model.units 8
     --model.encoder-units 8 --agent.units 8 --search.samples 4 --search.elites 2
     --search.policy-samples 1 --search.iterations 2
+""".split()  # noqa: SIM905
+TINY_PETS = """
+    --preset s --loop.num-envs 2 --loop.prefill 64 --loop.pretrain 3 --loop.batch-size 4
+    --loop.train-ratio 8 --loop.collect-steps 8 --loop.eval-episodes 2 --loop.log-every 64
+    --loop.eval-every 0 --loop.checkpoint-every 192 --model.units 8 --model.layers 1 --search.horizon 2
+    --search.samples 4 --search.elites 2 --search.iterations 2
 """.split()  # noqa: SIM905
 
 
@@ -63,6 +70,9 @@ def command():
         ("--agent.lam 1.5", ["agent.lam", "1.5", "between 0 and 1"]),
         ("--agent.optimiser.learning-rate nan", ["optimiser.learning_rate", "nan"]),
         ("--task probe_action_discrete", ["agent.actor_grad", "dynamics", "discrete"]),
+        ("--task tmaze:5 --obs pixels", ["--task", "tmaze:5", "no pictures", "pendulum"]),
+        ("--task pendulum --obs pixels --camera.size 36", ["36 x 36", "multiples of"]),
+        ("--task pendulum --obs both --model.image-blocks 3", ["model.image_blocks", "3", "divide"]),
         ("--planner mpi", ["--planner", "mpi", "mppi", "none"]),
         ("--planner mppi --search.samples 32", ["search.elites", "64", "search.samples"]),
         ("--debug --num-seeds 2", ["--debug", "num_seeds is 2"]),
@@ -111,6 +121,8 @@ def test_too_much_memory_is_refused_before_the_folder_is_made(command, tmp_path)
         "--model.latent 12",
         "--preset 5m",
         "--loop.pretrain -1",
+        "--plan.uncertainty disagreement",
+        "--plan.explore disagreement=1",
     ],
 )
 def test_bad_input_of_tdmpc(tmp_path, flags):
@@ -126,6 +138,25 @@ def test_bad_input_of_tdmpc(tmp_path, flags):
     assert not folder.exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--planner none", ["--planner", "none", "cem"]),
+        ("--planner policy", ["--planner", "policy", "cem"]),
+        ("--model.elites 3", ["model.elites", "3", "model.holdout"]),
+        ("--model.propagation ts2", ["ts_inf"]),
+        ("--plan.uncertainty doubt=-1", ["plan.uncertainty", "doubt", "aleatoric, disagreement"]),
+    ],
+)
+def test_bad_input_of_pets(tmp_path, capsys, flags, words):
+    folder = tmp_path / "run"
+    with pytest.raises((UserError, SystemExit)) as error:
+        load("pets")(["--preset", "s", "--run-dir", str(folder), "--task", "pendulum", *flags.split()])
+    message = str(error.value) + capsys.readouterr().err
+    assert all(word in message for word in words), message
+    assert not folder.exists()
+
+
 def run(command, folder, *flags):
     command([*TINY, "--run-dir", str(folder), *flags])
     return folder
@@ -134,7 +165,9 @@ def run(command, folder, *flags):
 DREAMER = [("dreamer_dmc", TINY, task, 600) for task in ("pendulum", "cartpole_swingup")]
 CASES = [
     *((*case, ()) for case in DREAMER),
+    ("dreamer_dmc", TINY, "pendulum", 600, ("--obs", "pixels", "--camera.size", "16")),
     ("tdmpc_dmc", TINY_TDMPC, "cartpole_swingup", 224, ("--loop.env-workers", "1")),
+    ("pets", TINY_PETS, "pendulum", 600, ()),
     *(
         pytest.param(*case, ("--world-model", model), marks=pytest.mark.slow)
         for model in ("s4wm", "r2i", "transformer", "koopman")
@@ -167,6 +200,10 @@ def test_resume_is_exact(tmp_path, script, tiny, task, steps, more):
     assert timeless(part) == rows
     assert leaves(final) == leaves(tmp_path / "final")
     assert json.loads((part / "summary.json").read_text())["eval_return"] == summary["eval_return"]
+    films = sorted(path.name for path in part.glob("videos/*"))
+    assert films == (["open_loop_image.gif", "open_loop_image.png"] if "--obs" in more else [])
+    assert ("data:image/gif;base64," in (part / "report.html").read_text()) == bool(films)
+    assert mbrl.load(part).frames == found[-1]
 
 
 @pytest.mark.slow
