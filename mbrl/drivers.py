@@ -12,7 +12,7 @@ import numpy as np
 
 from mbrl import envs
 from mbrl.collect import Episodes, HostCollector
-from mbrl.config import override
+from mbrl.config import choose, override
 from mbrl.envs.pixels import CAMERA, CameraConfig, Shown
 from mbrl.envs.pool import HostPool
 from mbrl.envs.workers import WorkerPool
@@ -47,15 +47,28 @@ NO_TASK = "none"
 
 
 def make_source(
-    task: str, action_repeat: int, shown: Shown = "state", camera: CameraConfig = CAMERA
+    task: str,
+    action_repeat: int,
+    shown: Shown = "state",
+    camera: CameraConfig = CAMERA,
+    backend: str = "host",
 ) -> Source:
     """The environment of the task, on the device or on the host. shown: the state, what the camera sees, or
-    both. UserError for unknown names, and where nothing can be rendered."""
+    both. backend: of dm_control's tasks, host or mjx (on the device); others have no choice. UserError for
+    unknown names, and where nothing can be rendered."""
     check_at_least("loop.action_repeat", action_repeat, 1)
     if task == NO_TASK:
         raise UserError("--task none needs --offline DATA: without an environment nothing can be collected")
+    choose("env_backend", backend, ["host", "mjx"])
+    if backend == "mjx" and shown != "state":
+        raise UserError(f"--obs {shown} needs --env-backend host: nothing is rendered on the device by mjx")
     make_host = partial(envs.make_host, task, action_repeat=action_repeat, shown=shown, camera=camera)
     try:
+        if backend == "mjx":
+            from mbrl.envs import mjx
+
+            env = mjx.make(task, action_repeat)
+            return Source(env.spec, env)
         if envs.is_jax(task):
             env = envs.make_jax(task, shown, camera)
             return Source(env.spec, env)
@@ -73,10 +86,11 @@ def make_source(
 def stored_source(stored: Mapping[str, Any]) -> Source:
     """The environment of a run, from what its ``config.json`` holds."""
     config = stored["config"]
-    if config["task"] == NO_TASK:
+    if config["task"] == NO_TASK and "spec" in stored:
         return Source(EnvSpec.of_json(stored["spec"]))
     camera = override(CAMERA, config.get("camera", {}))
-    return make_source(config["task"], config["loop"]["action_repeat"], config.get("obs", "state"), camera)
+    shown, backend = config.get("obs", "state"), config.get("env_backend", "host")
+    return make_source(config["task"], config["loop"]["action_repeat"], shown, camera, backend)
 
 
 class OfflineDriver:

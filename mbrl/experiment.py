@@ -14,7 +14,7 @@ import jax
 
 from mbrl import dataset, open_loop, processes
 from mbrl.config import check_config, differences, early_flags, override, parse_flags
-from mbrl.drivers import NO_TASK, Source, make_source, stored_source
+from mbrl.drivers import NO_TASK, Source, stored_source
 from mbrl.envs.pixels import CAMERA, CameraConfig, Shown
 from mbrl.errors import UserError
 from mbrl.finished import learned_by, load
@@ -36,6 +36,8 @@ class Experiment:
     """A dm_control task by its usual name (walker_walk, cup_catch, ...), a JAX environment (pendulum,
     tmaze:20), gym:NAME of gymnasium, or module:function of your own. With --offline the environment of the
     evaluations, by default none."""
+    env_backend: str = "host"
+    """Where dm_control's tasks run: host, or mjx for those that MuJoCo MJX simulates on the device."""
     obs: Shown = "state"
     """What the agent sees: the state of the task, what a camera shows of it, or both."""
     camera: CameraConfig = CAMERA
@@ -158,10 +160,7 @@ def execute(
         clock = make_offline_clock(loop, config.steps, rows)
         stored |= {"spec": dataclasses.asdict(source.spec), "rows": rows}
     else:
-        source, recorded = (
-            make_source(config.task, config.loop.action_repeat, config.obs, config.camera),
-            None,
-        )
+        source, recorded = stored_source(stored), None
         loop = dataclasses.replace(config.loop, action_repeat=source.spec.action_repeat)
         clock = make_clock(loop, config.steps, length)
     if loop.env_workers and source.env is not None:
@@ -191,7 +190,7 @@ def find_data(config: Experiment, length: int) -> tuple[Source, Trajectory | Non
         found = dataset.load_joined(config.offline)
         source = Source(found.spec)
     else:
-        source = make_source(config.task, config.loop.action_repeat, config.obs, config.camera)
+        source = stored_source({"config": dataclasses.asdict(config)})
         found = dataset.load_joined(config.offline, source.spec)
     rows = dataset.columns(found, config.loop.num_envs, length)
     print(f"{rows.reward.size:,} recorded rows: {found.source}")

@@ -80,11 +80,14 @@ class JaxEnv(NamedTuple):
     """ONE environment written in JAX, pure functions, no batch axis, no auto-reset (the collector resets).
 
     reset(key) -> (state, TimeStep); step(state, action [A] float32, key) -> (state, TimeStep).
+    costly_reset: a reset takes as long as several steps; collectors then draw fresh states in advance, once
+    per length of an episode, where they would otherwise reset at every step and use it where one ended.
     """
 
     spec: EnvSpec
     reset: Callable[[Array], tuple[State, TimeStep]]
     step: Callable[[State, Array, Array], tuple[State, TimeStep]]
+    costly_reset: bool = False
 
 
 @runtime_checkable
