@@ -17,8 +17,7 @@ from mbrl.charts import Series, card, group, interval_chart, line_chart
 from mbrl.config import flatten
 from mbrl.errors import UserError, check_at_least, check_between
 from mbrl.plots import save_figure
-from mbrl.report import FRAMES
-from mbrl.results import Result, read
+from mbrl.results import FRAMES, Result, read
 from mbrl.statistics import (
     Scores,
     aggregate_iqm,
