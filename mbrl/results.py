@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +12,8 @@ import numpy as np
 from mbrl.errors import UserError
 from mbrl.logger import read_metrics
 from mbrl.run_folder import RunFolder
+
+FRAMES = "simulator frames"
 
 
 class Result(NamedTuple):
@@ -43,6 +44,16 @@ class Result(NamedTuple):
         """Its name, with what the agent sees where that is not the state."""
         shown = self.config.get("obs", "state")
         return self.config["task"] + ("" if shown == "state" else f"_{shown}")
+
+    @property
+    def offline(self) -> bool:
+        """Whether it learned from recorded episodes."""
+        return bool(self.config.get("offline"))
+
+    @property
+    def unit(self) -> str:
+        """What the clock of the run counts."""
+        return "updates" if self.offline else FRAMES
 
     def metric(self, name: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """(frames [N], values [N]) of one logged metric of one seed; values that were not finite are NaN."""
@@ -79,7 +90,7 @@ def read(path: str | os.PathLike) -> Result:
     except (OSError, ValueError) as error:
         raise UserError(f"{path / 'summary.json'} cannot be read: {error}") from error
     if "evaluations" not in summary:
-        raise UserError(f"{path} holds no evaluations of an agent: its world model was trained alone")
+        raise UserError(f"{path} holds no evaluations of an agent: nothing was played")
     evaluations = summary["evaluations"]
     as_numbers = lambda values: np.array(values, np.float64)  # null, where a seed failed, is NaN
     return Result(
@@ -92,12 +103,3 @@ def read(path: str | os.PathLike) -> Result:
         returns=as_numbers([one["per_seed"] for one in evaluations]),
         episodes=as_numbers(summary["eval_return"]["episodes"]),
     )
-
-
-def flatten(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(name, value) of every field of a nested config, names with dots."""
-    for name, value in config.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

@@ -55,6 +55,13 @@ class EnvSpec:
     action_repeat: int = 1
     max_steps: int | None = None
 
+    @classmethod
+    def of_json(cls, stored: dict[str, Any]) -> EnvSpec:
+        """The spec of which ``dataclasses.asdict``, after a trip through JSON, is ``stored``."""
+        array = lambda a: ArraySpec(tuple(a["shape"]), a["dtype"], a["classes"])
+        obs = {key: array(a) for key, a in stored["obs"].items()}
+        return cls(stored["name"], obs, array(stored["action"]), stored["action_repeat"], stored["max_steps"])
+
 
 class TimeStep(NamedTuple):
     """What one environment returns from reset and step. No batch axis, or [E, ...] from a pool.
@@ -73,11 +80,14 @@ class JaxEnv(NamedTuple):
     """ONE environment written in JAX, pure functions, no batch axis, no auto-reset (the collector resets).
 
     reset(key) -> (state, TimeStep); step(state, action [A] float32, key) -> (state, TimeStep).
+    costly_reset: a reset takes as long as several steps; collectors then draw fresh states in advance, once
+    per length of an episode, where they would otherwise reset at every step and use it where one ended.
     """
 
     spec: EnvSpec
     reset: Callable[[Array], tuple[State, TimeStep]]
     step: Callable[[State, Array, Array], tuple[State, TimeStep]]
+    costly_reset: bool = False
 
 
 @runtime_checkable

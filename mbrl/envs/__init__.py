@@ -34,12 +34,16 @@ REGISTRY: dict[str, str] = {
 }
 """Environments written in JAX: name -> "module:factory", where factory(**options) -> JaxEnv."""
 
+FAMILIES: dict[str, str] = {
+    "gymnax": "mbrl.envs.gymnax_adapter:make",
+    "brax": "mbrl.envs.brax_adapter:make",
+    "playground": "mbrl.envs.brax_adapter:make_playground",
+}
+"""Libraries of environments written in JAX, named as in ``brax:ant``: name -> "module:factory", where
+factory(what follows the colon) -> JaxEnv."""
+
 MEMORY_TASKS = {"recall": "gap", "tmaze": "length", "hallway": "width", "memory_chain": "length"}
 """Tasks with one number in their name, as in ``recall:30``, and the option that it stands for."""
-
-PASSIVE_TASKS = ("recall", "hallway")
-"""Those of them whose rewards do not depend on actions."""
-
 
 PICTURES = {
     "cartpole": "mbrl.envs.cartpole:picture",
@@ -55,15 +59,16 @@ def is_jax(name: str) -> bool:
     """Whether the name, without its number, is that of an environment written in JAX."""
     if _is_own(name):
         return "seed" not in inspect.signature(_own(name)).parameters
-    return name.partition(":")[0] in REGISTRY
+    base, colon, _ = name.partition(":")
+    return base in REGISTRY or (bool(colon) and base in FAMILIES)
 
 
 def make_jax(name: str, shown: Shown = "state", camera: CameraConfig = CAMERA, **options: Any) -> JaxEnv:
     """An environment written in JAX; ``options`` go to its factory.
 
-    name: one of `REGISTRY`, with its number where it takes one, or one of your own as ``module:factory``.
-    shown: the state, what the camera sees, or both. Raises ValueError for others, for impossible options and
-    for a task without pictures.
+    name: one of `REGISTRY`, with its number where it takes one, ``gymnax:NAME``, ``brax:NAME[:PHYSICS]``,
+    ``playground:NAME``, or one of your own as ``module:factory``. shown: the state, what the camera sees, or
+    both. Raises ValueError for others, for impossible options and for a task without pictures.
     """
     if shown != "state":
         if name not in PICTURES:
@@ -75,14 +80,20 @@ def make_jax(name: str, shown: Shown = "state", camera: CameraConfig = CAMERA, *
         return pixels.of_jax(make_jax(name, **options), picture, shown, camera)
     if _is_own(name) and is_jax(name):
         return _own(name)(**options)
-    base, colon, number = name.partition(":")
+    base, colon, rest = name.partition(":")
+    if colon and base in FAMILIES:
+        return _factory(FAMILIES[base])(rest, **options)
     if base not in REGISTRY:
         raise unknown(name)
     if colon:
-        options = {**options, **_number(name, base, number)}
-    module, _, factory = REGISTRY[base].partition(":")
-    env = getattr(importlib.import_module(module), factory)(**options)
+        options = {**options, **_number(name, base, rest)}
+    env = _factory(REGISTRY[base])(**options)
     return env._replace(spec=dataclasses.replace(env.spec, name=name)) if colon else env
+
+
+def _factory(path: str) -> Callable[..., JaxEnv]:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _number(name: str, base: str, number: str) -> dict[str, int]:
@@ -133,7 +144,8 @@ def check(env: JaxEnv | Callable[[int], Any], random_starts: bool = True) -> boo
 
 def _is_own(name: str) -> bool:
     """Whether the name has the form MODULE:FACTORY; what follows the colon of a memory task is a number."""
-    return name.partition(":")[2].isidentifier() and not name.startswith(GYM)
+    module, _, factory = name.partition(":")
+    return factory.isidentifier() and module not in FAMILIES and not name.startswith(GYM)
 
 
 def _own(name: str) -> Callable[..., Any]:

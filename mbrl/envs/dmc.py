@@ -8,6 +8,7 @@ library, and ``render()`` picks the backend on its first call instead (see ``_lo
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib
 import logging
@@ -97,6 +98,14 @@ def make(task: str, seed: int, action_repeat: int = 2, render_quality: str = "fa
     if render_quality not in ("fast", "dmc"):
         raise ValueError(f"render_quality must be 'fast' or 'dmc', found {render_quality!r}.")
     return DMC(name, int(seed), int(action_repeat), render_quality)
+
+
+def model(name: str) -> tuple[Any, int]:
+    """(MjModel of a task by its usual name, simulation steps of a control step); the model is a copy."""
+    env = DMC(name, 0, 1, "fast")
+    compiled = copy.copy(env._physics.model.ptr), env._substeps
+    env.close()
+    return compiled
 
 
 class DMC:

@@ -166,7 +166,9 @@ def run(command, folder, *flags):
 DREAMER = [("dreamer_dmc", TINY, task, 600) for task in ("pendulum", "cartpole_swingup")]
 CASES = [
     *((*case, ()) for case in DREAMER),
-    ("dreamer_dmc", TINY, "pendulum", 600, ("--obs", "pixels", "--camera.size", "16")),
+    pytest.param(
+        *DREAMER[0], ("--obs", "pixels", "--camera.size", "16"), marks=pytest.mark.slow, id="pixels"
+    ),
     ("tdmpc_dmc", TINY_TDMPC, "cartpole_swingup", 224, ("--loop.env-workers", "1")),
     ("pets", TINY_PETS, "pendulum", 600, ()),
     *(
