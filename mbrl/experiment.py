@@ -18,7 +18,7 @@ from mbrl.finished import learned_by
 from mbrl.memory import check_memory
 from mbrl.programs import LoopConfig, make_clock
 from mbrl.run_folder import RunFolder
-from mbrl.seeds import Seeds, use_compilation_cache, use_cpu_devices, use_debugging
+from mbrl.seeds import Seeds, use_compilation_cache, use_cpu_devices, use_debugging, use_determinism
 from mbrl.train import Run, finish, train
 from mbrl.types import Agent, EnvSpec
 
@@ -48,6 +48,8 @@ class Experiment:
     """Film one episode of the final policy into videos/ of the run folder (dm_control and gymnasium)."""
     debug: bool = False
     """Run the same code without compiling, one seed: slow, for breakpoints and prints."""
+    deterministic: bool = False
+    """Equal settings give equal bits on a GPU too, at the cost of speed; on a CPU they do anyway."""
     loop: LoopConfig = field(default_factory=LoopConfig)
     """Loop."""
 
@@ -63,8 +65,12 @@ def parse(
     default(preset, **parts) -> config before flags. presets: their names. accelerator: the preset for one.
     parts: flags that decide which fields there are, by their default (world_model="rssm").
     """
-    early = early_flags(argv, preset=None, num_seeds=1, run_dir="", resume=False, **parts)
+    early = early_flags(
+        argv, preset=None, num_seeds=1, run_dir="", resume=False, deterministic=False, **parts
+    )
     use_cpu_devices(max(1, early.num_seeds))
+    if early.deterministic:
+        use_determinism()
     if early.resume:
         if not early.run_dir:
             raise UserError("--resume needs --run-dir: the folder of the run to continue")
@@ -86,6 +92,8 @@ def resumed(argv: Sequence[str], default: Callable[..., C], run_dir: str, parts:
             f"--run-dir {run_dir} holds a run of another script, which cannot be resumed by this one"
         )
     use_cpu_devices(stored["num_seeds"])
+    if stored.get("deterministic"):
+        use_determinism()
     # A run from before a part could be chosen has the default one.
     named = {name: stored.get(name, value) for name, value in parts.items()}
     config = override(default(stored["preset"], **named), stored)
