@@ -72,15 +72,16 @@ def matmul_rate(size: int = 2048, repeats: int = 9) -> float:
     return 2 * size**3 / median_seconds(lambda: multiply(x).block_until_ready(), repeats)
 
 
+def kernels(params) -> int:
+    """Entries of all weight matrices: half the FLOPs of a forward pass of one row."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return sum(x.size for path, x in leaves if path[-1].key == "kernel")
+
+
 def update_flops(spec: EnvSpec, model: RSSMConfig, agent: DreamerConfig, batch: int, length: int) -> float:
     """FLOPs of the matrix products of one update: twice a kernel's size per row and pass; a backward pass
     costs two more. Elementwise work is not counted."""
     params = jax.eval_shape(make_agent(spec, model, agent).init, jax.random.key(0)).params
-
-    def kernels(tree) -> int:
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return sum(x.size for path, x in leaves if path[-1].key == "kernel")
-
     world, actor, critic = params["model"], kernels(params["actor"]), kernels(params["critic"])
     dynamics, posterior = kernels(world["backbone"]), kernels(world["backbone"]["post_net"])
     heads = kernels(world["reward"]) + kernels(world["cont"])

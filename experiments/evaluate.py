@@ -34,6 +34,10 @@ class Config:
     """Folder of the run."""
     num_episodes: int = 0
     """Episodes per seed; 0 repeats the run's own evaluation."""
+    planner: str | None = None
+    """Act by this planner (mppi, icem, ...) instead of the run's own; none acts by the policy alone."""
+    value: float | None = None
+    """Weight of the terminal value in a planner's score instead of the run's own."""
     video: Path | None = None
     """Film one episode of the first seed into this MP4 file."""
     json: Path | None = None
@@ -62,7 +66,9 @@ def main(argv: Sequence[str]) -> None:
     stored = RunFolder.config_of(config.run_dir).get("config", {})
     use_cpu_devices(stored.get("num_seeds", 1))
     use_compilation_cache()
-    run = mbrl.load(config.run_dir)
+    acting: dict[str, Any] = {} if config.planner is None else {"planner": config.planner}
+    acting |= {} if config.value is None else {"plan": {"value": config.value}}
+    run = mbrl.load(config.run_dir, **acting)
     began = time.perf_counter()
     returns = run.evaluate(config.num_episodes or None)
     seconds = time.perf_counter() - began

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mbrl.envs.pool import HostPool
+from mbrl.envs.workers import WorkerPool
 from mbrl.types import Agent, Array, EnvSpec, JaxEnv, TimeStep, Transition
 
 
@@ -107,21 +108,45 @@ def collect_device(
 
 
 class HostCollector:
-    """Steps S x E host environments with one batched policy call and one pool call per step."""
+    """Steps S x E host environments with one batched policy call and one pool call per step.
 
-    def __init__(self, pool: HostPool, num_seeds: int, num_envs: int):
+    The last step of each stretch is left under way: its results are not needed before the next one, so they
+    come while the device updates.
+    """
+
+    def __init__(self, pool: HostPool | WorkerPool, num_seeds: int, num_envs: int):
         self.pool, self.shape = pool, (num_seeds, num_envs)
         self._carry: EnvCarry | None = None
+        self._action: np.ndarray | None = None  # of the step that is under way
 
-    def _step(self, action: np.ndarray, reset: np.ndarray) -> TimeStep:
-        flat = self.pool.step(action.reshape(-1, action.shape[-1]), reset.reshape(-1))
-        return jax.tree.map(lambda x: x.reshape(*self.shape, *x.shape[1:]), flat)
+    def _send(self, action: np.ndarray, reset: np.ndarray) -> None:
+        self.pool.send(action.reshape(-1, action.shape[-1]), reset.reshape(-1))
+
+    def _receive(self) -> TimeStep:
+        return jax.tree.map(lambda x: x.reshape(*self.shape, *x.shape[1:]), self.pool.receive())
 
     def begin(self) -> EnvCarry:
         """Resets every environment."""
         zeros = np.zeros((*self.shape, self.pool.spec.action.size), np.float32)
-        timestep = self._step(zeros, np.ones(self.shape, bool))
+        self._send(zeros, np.ones(self.shape, bool))
+        timestep = self._receive()
         return EnvCarry((), timestep, np.ones(self.shape, bool), zeros, np.zeros(self.shape, np.float32))
+
+    def _arrive(self) -> EnvCarry:
+        """Where the environments stand, after the step that is under way."""
+        if self._carry is None:
+            self._carry = self.begin()
+        if self._action is not None:
+            ended, timestep = self._carry.timestep.is_last, self._receive()
+            self._carry = EnvCarry(
+                (),
+                timestep,
+                ended,
+                np.where(ended[..., None], np.float32(0), self._action),
+                np.where(ended, np.float32(0), self._carry.episode_return) + timestep.reward,
+            )
+            self._action = None
+        return self._carry
 
     def collect(self, act, actor, num_steps: int):
         """``act(actor, obs, is_first, i) -> (action, actor, latent)`` is the compiled policy of step i.
@@ -129,33 +154,27 @@ class HostCollector:
         Returns (actor, rows, latents, Episodes): rows are numpy [S, num_steps, E, ...] without latents,
         which stay on the device, one entry per step.
         """
-        carry, rows, latents, episodes = self._carry or self.begin(), [], [], []
+        rows, latents, episodes = [], [], []
         for i in range(num_steps):
+            carry = self._arrive()
             action, actor, latent = act(actor, carry.timestep.obs, carry.is_first, i)
             rows.append(make_row(carry, ()))
             latents.append(latent)
             episodes.append(_finish(carry, np))
-            action, ended = np.asarray(action), carry.timestep.is_last
-            timestep = self._step(action, ended)
-            carry = EnvCarry(
-                (),
-                timestep,
-                ended,
-                np.where(ended[..., None], np.float32(0), action),
-                np.where(ended, np.float32(0), carry.episode_return) + timestep.reward,
-            )
-        self._carry = carry
+            self._action = np.array(action)
+            self._send(self._action, carry.timestep.is_last)
         stacked = jax.tree.map(lambda *xs: np.stack(xs, 1), *rows)
         return actor, stacked, latents, jax.tree.map(lambda *xs: np.sum(xs, 0), *episodes)
 
     def get_state(self) -> dict[str, np.ndarray]:
         """Everything that the next step depends on, as arrays."""
-        leaves = jax.tree.leaves(self._carry)
+        leaves = jax.tree.leaves(self._arrive())
         return {f"carry/{i}": x for i, x in enumerate(leaves)} | {
             f"pool/{k}": v for k, v in self.pool.get_state().items()
         }
 
     def set_state(self, state: dict[str, np.ndarray]) -> None:
-        tree = jax.tree.structure(self.begin())  # the pool checks its environments at their first reset
+        # Not at once: the pool checks its environments at their first reset.
+        tree = jax.tree.structure(self._arrive())
         self._carry = jax.tree.unflatten(tree, [state[f"carry/{i}"] for i in range(tree.num_leaves)])
         self.pool.set_state({k[5:]: v for k, v in state.items() if k.startswith("pool/")})

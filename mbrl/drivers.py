@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -10,8 +11,9 @@ import numpy as np
 from mbrl import envs
 from mbrl.collect import HostCollector
 from mbrl.envs.pool import HostPool
+from mbrl.envs.workers import WorkerPool
 from mbrl.errors import UserError, check_at_least
-from mbrl.programs import Programs, RunState
+from mbrl.programs import LoopConfig, Programs, RunState
 from mbrl.seeds import Seeds
 from mbrl.types import EnvSpec, HostEnv, JaxEnv
 
@@ -22,7 +24,7 @@ def _no_host(seed: int) -> HostEnv:
 
 class Source(NamedTuple):
     """Where experience comes from. env: one JAX environment, or None; make_host(seed) -> one host
-    environment, used when env is None."""
+    environment, used when env is None, and sent to worker processes."""
 
     spec: EnvSpec
     env: JaxEnv | None = None
@@ -39,7 +41,7 @@ def make_source(task: str, action_repeat: int) -> Source:
         spec = envs.make_host(task, 0, action_repeat).spec
     except ValueError as error:
         raise UserError(f"--task: {error}") from None
-    return Source(spec, make_host=lambda seed: envs.make_host(task, seed, action_repeat))
+    return Source(spec, make_host=partial(envs.make_host, task, action_repeat=action_repeat))
 
 
 class DeviceDriver:
@@ -71,7 +73,9 @@ class HostDriver:
 
     stride = 1
 
-    def __init__(self, programs: Programs, pool: HostPool, seeds: Seeds, num_envs: int, rows: int):
+    def __init__(
+        self, programs: Programs, pool: HostPool | WorkerPool, seeds: Seeds, num_envs: int, rows: int
+    ):
         self.programs, self.rows = programs, rows
         self.collector = HostCollector(pool, len(seeds), num_envs)
 
@@ -104,7 +108,19 @@ def host_seed(seed: int, purpose: int, index: int) -> int:
 
 
 def make_pool(source: Source, seeds: Seeds, num_envs: int, purpose: int) -> HostPool:
-    """S x E host environments, member by member."""
-    return HostPool(
-        [source.make_host(host_seed(s, purpose, i)) for s in seeds.seeds for i in range(num_envs)]
-    )
+    """S x E host environments, member by member, in this process."""
+    return HostPool([source.make_host(seed) for seed in _host_seeds(seeds, num_envs, purpose)])
+
+
+def make_workers(
+    source: Source, seeds: Seeds, num_envs: int, purpose: int, config: LoopConfig
+) -> HostPool | WorkerPool:
+    """The same environments in ``config.env_workers`` processes, or in this one where that is 0."""
+    if config.env_workers == 0:
+        return make_pool(source, seeds, num_envs, purpose)
+    numbers = _host_seeds(seeds, num_envs, purpose)
+    return WorkerPool(source.spec, source.make_host, numbers, config.env_workers, config.env_timeout)
+
+
+def _host_seeds(seeds: Seeds, num_envs: int, purpose: int) -> list[int]:
+    return [host_seed(s, purpose, i) for s in seeds.seeds for i in range(num_envs)]

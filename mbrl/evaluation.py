@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mbrl.envs.pool import HostPool
+from mbrl.envs.workers import WorkerPool
 from mbrl.seeds import Seeds
 from mbrl.types import Agent, JaxEnv, TimeStep, Trajectory
 
@@ -66,7 +67,7 @@ def _row(timestep: TimeStep, action: Any, first: Any, xp: Any) -> Trajectory:
 
 
 def make_host(
-    agent: Agent, pool: HostPool, seeds: Seeds, episodes: int, record: bool = False
+    agent: Agent, pool: HostPool | WorkerPool, seeds: Seeds, episodes: int, record: bool = False
 ) -> Callable[..., Any]:
     """As `make_device`, for ``pool`` of S x episodes host environments, seed by seed."""
     start = pool.get_state()

@@ -125,6 +125,11 @@ def execute(
         use_debugging(config.num_seeds)
     source = make_source(config.task, config.loop.action_repeat)
     loop = dataclasses.replace(config.loop, action_repeat=source.spec.action_repeat)
+    if loop.env_workers and source.env is not None:
+        raise UserError(
+            f"loop.env_workers is {loop.env_workers}, but {config.task} is part of the compiled program: it "
+            "must be 0"
+        )
     length = loop.batch_length + extra_rows
     clock = make_clock(loop, config.steps, length)
     seeds = Seeds.make(config.seed, config.num_seeds)

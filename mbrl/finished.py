@@ -71,19 +71,36 @@ def rebuild(stored: Mapping[str, Any]) -> Parts:
     return Parts(source, model, agent, loop)
 
 
-def load(run_dir: str | os.PathLike) -> Finished:
+def load(run_dir: str | os.PathLike, **acting: Any) -> Finished:
     """The agents of a run, one per seed, from the newest intact checkpoint of its folder.
 
+    acting: settings that replace the run's own and change no parameters: ``planner="none"`` (or another
+    planner, with its default settings), ``search={"samples": 64}``, ``plan={"value": 0.0}``.
     The run may still be going on. Replay is not read. Raises UserError when there is no run, no checkpoint,
     or one of other code.
     """
-    stored = RunFolder.config_of(run_dir)
+    stored = act_by(RunFolder.config_of(run_dir), acting)
     parts, config = rebuild(stored), stored["config"]
     seeds = Seeds.make(config["seed"], config["num_seeds"])
     shapes = jax.eval_shape(seeds.program(parts.agent.init), seeds.keys())
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=seeds.sharding), shapes)
     restored = checkpoints.restore(Path(run_dir) / "checkpoints", like, part=".train")
     return Finished(Path(run_dir), stored, restored.step, parts, seeds, restored.state)
+
+
+def act_by(stored: dict[str, Any], acting: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``config.json`` would hold if the run acted by other settings; see `load`."""
+    if not acting:
+        return stored
+    for name in acting:
+        choose("what load() replaces", name, ["planner", "search", "plan"])
+    config = stored.get("config", {})
+    changed = dict(config)
+    if acting.get("planner", config.get("planner", "none")) != config.get("planner", "none"):
+        changed |= {"planner": acting["planner"], "search": {}}
+    for name in ("search", "plan"):
+        changed[name] = {**changed.get(name, {}), **acting.get(name, {})}
+    return stored | {"config": changed}
 
 
 def start_from(learned: Mapping[str, PyTree], train: PyTree) -> PyTree:

@@ -118,6 +118,8 @@ class PlanConfig:
     """How the scores of the particles become one: their mean, the worst, or the mean of the worst ones."""
     risk_fraction: float = 0.25
     """Share of the particles that cvar averages (alpha)."""
+    value: float = 1.0
+    """Weight of the terminal value in the score of a plan; 0 plans for the horizon alone."""
 
 
 def check_numbers(config: PlanConfig) -> None:
@@ -125,6 +127,7 @@ def check_numbers(config: PlanConfig) -> None:
     for name in ("action_block", "replan_every", "particles"):
         check_at_least(f"plan.{name}", getattr(config, name), 1)
     check_between("plan.risk_fraction", config.risk_fraction, 0, 1)
+    check_at_least("plan.value", config.value, 0)
 
 
 def check(config: PlanConfig, rule: SearchRule, simulator: Simulator) -> None:

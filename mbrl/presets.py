@@ -117,14 +117,15 @@ def _memory() -> Preset:
         preset[name] |= {"width": 64}
     for name in ATTENTION:
         preset[name] |= {"window": 128}
-    preset["agent"] |= {"actor_grad": "reinforce", "bins": 15, "bin_limit": 1.0}
-    preset["loop"] |= {"batch_length": 64}
-    preset["s4wm"] |= {"discretise": "unit"}
     # One observation in an episode shows the cue and one reward asks for it: both must count.
+    preset["agent"] |= {"actor_grad": "reinforce", "bins": 15, "bin_limit": 1.0, "scale_reward": 100.0}
+    preset["loop"] |= {"batch_size": 8, "batch_length": 128}
+    preset["optimiser"] |= {"decay": "constant"}
+    preset["s4wm"] |= {"discretise": "unit"}
     preset["probe"] = {
         "scale_rec": 10.0,
         "scale_reward": 100.0,
-        "optimiser": preset["optimiser"] | {"warmup": 0, "decay": "constant"},
+        "optimiser": preset["optimiser"] | {"warmup": 0},
     }
     return preset
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mbrl.collect import collect_device, init_device, random_action
-from mbrl.errors import UserError, check_at_least, check_between
+from mbrl.errors import UserError, check_above, check_at_least, check_between
 from mbrl.replay import Replay, ReplayState
 from mbrl.seeds import Seeds
 from mbrl.types import Agent, Array, EnvSpec, JaxEnv, PyTree, Transition
@@ -34,6 +34,11 @@ class LoopConfig:
 
     num_envs: int = 16
     """Environments stepped side by side (E)."""
+    env_workers: int = 0
+    """Processes that step the environments beside training, where these are Python objects; 0 steps them in
+    the process of the run. Results do not depend on it."""
+    env_timeout: float = 60.0
+    """Seconds after which a worker that does not answer is taken as hanging, and started again."""
     action_repeat: int = 2
     """Simulator frames per agent step in dm_control (published curves count frames); JAX environments have
     their own."""
@@ -107,8 +112,9 @@ def make_clock(config: LoopConfig, steps: int, length: int) -> Clock:
     check_between("loop.eval_episodes", config.eval_episodes, 1, 10_000)
     check_at_least("loop.batch_length", config.batch_length, 2)
     check_at_least("loop.freeze_after", config.freeze_after, 1)
-    for field in ("prefill", "pretrain", "collect_steps", "eval_every", "checkpoint_every"):
+    for field in ("prefill", "pretrain", "collect_steps", "eval_every", "checkpoint_every", "env_workers"):
         check_at_least(f"loop.{field}", getattr(config, field), 0)
+    check_above("loop.env_timeout", config.env_timeout, 0)
     if not config.train_ratio > 0:
         raise UserError(f"loop.train_ratio is {config.train_ratio}, it must be above 0")
     per_update = config.batch_size * config.batch_length

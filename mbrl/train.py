@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -18,7 +19,8 @@ from mbrl import checkpoints, evaluation, finished, plots, published, replay, re
 from mbrl import video as video_module
 from mbrl.collect import Episodes
 from mbrl.diagnose import make_dumper
-from mbrl.drivers import DeviceDriver, HostDriver, Source, make_pool
+from mbrl.drivers import DeviceDriver, HostDriver, Source, make_pool, make_workers
+from mbrl.envs.pool import HostPool
 from mbrl.errors import UserError
 from mbrl.interruption import Interrupted, Interruption
 from mbrl.logger import Logger, Progress, read_metrics, results_table
@@ -70,7 +72,7 @@ def train(
     """
     config, clock, seeds = run.config, run.clock, run.seeds
     timer, programs, keys = Timer(), run.programs(), seeds.keys()
-    driver, evaluate, filmed = _environments(run, programs)
+    driver, evaluate, filmed = _environments(run, programs, video)
     film = filmed if video and _can_film(filmed) else None
     dump = make_dumper(run.agent, run.ring(), seeds)
     eval_keys = seeds.program(lambda key: stream(key, EVALUATE, 0))(keys)
@@ -154,16 +156,19 @@ def train(
     return summarise(evaluations, timer, clock.total_updates, state.train, seeds)
 
 
-def _environments(run: Run, programs: Programs):
+def _environments(run: Run, programs: Programs, video: bool):
     """The driver, the evaluation function and its first host environment, for either side of the border."""
     agent, source, seeds, config = run.agent, run.source, run.seeds, run.config
     if source.env is not None:
         evaluate = evaluation.make_device(agent, source.env, seeds, config.eval_episodes)
         return DeviceDriver(programs, config.chunk), evaluate, None
-    pool = make_pool(source, seeds, config.num_envs, purpose=0)
-    eval_pool = make_pool(source, seeds, config.eval_episodes, purpose=1)
+    pool = make_workers(source, seeds, config.num_envs, 0, config)
+    # What is filmed must be in this process.
+    make = make_pool if video else partial(make_workers, config=config)
+    eval_pool = make(source, seeds, config.eval_episodes, purpose=1)
     evaluate = evaluation.make_host(agent, eval_pool, seeds, config.eval_episodes)
-    return HostDriver(programs, pool, seeds, config.num_envs, run.clock.rows), evaluate, eval_pool.envs[0]
+    filmed = eval_pool.envs[0] if isinstance(eval_pool, HostPool) else None
+    return HostDriver(programs, pool, seeds, config.num_envs, run.clock.rows), evaluate, filmed
 
 
 def _can_film(env: HostEnv | None) -> bool:

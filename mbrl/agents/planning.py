@@ -89,4 +89,5 @@ def assemble(
     rule = find_rule(config.planner, rules)(config.search, spec.action)
     planner = make_planner(simulator, rule, config.plan)
     # The objective adds no discount: it is in the model's ``cont``.
-    return with_planner(agent, planner, make_objective(), partial(agents.acting_params, config.agent))
+    objective = make_objective(value=config.plan.value)
+    return with_planner(agent, planner, objective, partial(agents.acting_params, config.agent))

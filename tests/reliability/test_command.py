@@ -69,6 +69,8 @@ def command():
         ("--planner mppi --search.samples 32", ["search.elites", "64", "search.samples"]),
         ("--debug --num-seeds 2", ["--debug", "num_seeds is 2"]),
         ("--loop.replay-size 4", ["loop.replay_size", "4"]),
+        ("--task pendulum --loop.env-workers 2", ["loop.env_workers is 2", "pendulum", "must be 0"]),
+        ("--loop.env-timeout 0", ["loop.env_timeout", "above 0"]),
         ("--resume", ["run"]),
     ],
 )
@@ -131,23 +133,23 @@ def run(command, folder, *flags):
     return folder
 
 
-def dreamer(model: str, task: str, *marks):
+def dreamer(model: str, task: str, marks=()):
     more = ("--world-model", model)
     return pytest.param("dreamer_dmc", TINY, task, 600, more, id=f"{model}-{task}", marks=marks)
 
 
-def tdmpc(task: str, *marks):
-    return pytest.param("tdmpc_dmc", TINY_TDMPC, task, 224, (), id=f"tdmpc-{task}", marks=marks)
+def tdmpc(task: str, *more: str, marks=()):
+    return pytest.param("tdmpc_dmc", TINY_TDMPC, task, 224, more, id=f"tdmpc-{task}", marks=marks)
 
 
-# A device environment and a host environment each; slow where other cases cover the same code.
+# A device environment and one on the host each; slow where the fast cases cover most of the same code.
 CASES = [
     dreamer("rssm", "pendulum"),
     dreamer("rssm", "cartpole_swingup"),
-    tdmpc("cartpole_swingup"),
-    tdmpc("pendulum", pytest.mark.slow),
+    tdmpc("cartpole_swingup", "--loop.env-workers", "1"),
+    tdmpc("pendulum", marks=pytest.mark.slow),
     *(
-        dreamer(model, task, pytest.mark.slow)
+        dreamer(model, task, marks=pytest.mark.slow)
         for model in ("s4wm", "r2i", "transformer", "koopman")
         for task in ("pendulum", "cartpole_swingup")
     ),
@@ -157,7 +159,8 @@ CASES = [
 @pytest.mark.parametrize(("script", "tiny", "task", "steps", "more"), CASES)
 def test_resume_is_exact(request, capsys, tmp_path, script, tiny, task, steps, more):
     """A run continued from its checkpoint ends in the same state and logs as one that was never stopped,
-    with environments on the device and on the host, two seeds; the slow cases continue in a fresh process."""
+    with environments on the device, on the host and in a worker process, two seeds. The slow cases continue in a
+    fresh process."""
     command = load(script)
     flags = [*tiny, "--task", task, "--num-seeds", "2", "--steps", str(steps), *more]
     whole = tmp_path / "whole"

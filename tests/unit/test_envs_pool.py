@@ -108,7 +108,8 @@ def test_fault_truncates_only_its_own_environment(fault):
     pool = HostPool([Counter(), spoiled(**fault)])
     pool.reset()
     assert not step(pool).is_last.any()
-    bad = step(pool)
+    with pytest.warns(RuntimeWarning, match="environment 1 returned numbers that are not finite or a wrong"):
+        bad = step(pool)
     np.testing.assert_array_equal(bad.is_last, [False, True])
     assert not bad.is_terminal.any()
     np.testing.assert_array_equal(bad.reward, [1, 0])
@@ -170,7 +171,8 @@ def test_an_environment_that_stays_broken_ends_the_run():
 def test_a_simulation_that_diverges_is_a_fault():
     pool = HostPool([dmc.make("cartpole_swingup", i) for i in range(2)])
     pool.reset()
-    end = pool.step(np.array([[np.nan], [0.0]], np.float32), np.zeros(2, bool))
+    with pytest.warns(RuntimeWarning, match="environment 0 returned"):
+        end = pool.step(np.array([[np.nan], [0.0]], np.float32), np.zeros(2, bool))
     np.testing.assert_array_equal(end.is_last, [True, False])
     assert all(np.isfinite(value).all() for value in end.obs.values()) and np.isfinite(end.reward).all()
     np.testing.assert_array_equal(pool.faults, [1, 0])

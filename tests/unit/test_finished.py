@@ -124,6 +124,25 @@ def test_mistakes_are_sentences(run, call, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
+def test_acting_by_another_planner(run, run_dir):
+    """The same parameters, other actions."""
+    obs = {key: np.zeros((3, *entry.shape), np.float32) for key, entry in run.spec.obs.items()}
+    planned = mbrl.load(run_dir, planner="random", search={"samples": 4, "horizon": 2}, plan={"value": 0.0})
+    for ours, theirs in zip(jax.tree.leaves(run.train), jax.tree.leaves(planned.train), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert np.abs(planned.act(obs)[0] - run.act(obs)[0]).max() > 0.01
+    with pytest.raises(UserError, match="'agent', it must be one of: planner, search, plan"):
+        mbrl.load(run_dir, agent={})
+
+
+def test_another_planner_has_its_own_settings():
+    stored = {"config": {"planner": "mppi", "search": {"elites": 3}, "plan": {"particles": 2}}}
+    same = finished.act_by(stored, {"plan": {"value": 0.0}})["config"]
+    assert same["search"] == {"elites": 3} and same["plan"] == {"particles": 2, "value": 0.0}
+    other = finished.act_by(stored, {"planner": "icem", "search": {"samples": 8}})["config"]
+    assert other["planner"] == "icem" and other["search"] == {"samples": 8}
+
+
 def test_no_run_and_settings_of_another_release(run_dir, tmp_path):
     with pytest.raises(UserError, match="no run"):
         mbrl.load(tmp_path)
