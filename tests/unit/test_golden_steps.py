@@ -74,7 +74,7 @@ def rms(tree) -> float:
 def figures(name: str) -> dict[str, float]:
     """loss, gradient norm, RMS of the parameters' change and of the parameters, of updates 1 and 5."""
     agent, traj, found = make_agent(name), batch(), {}
-    update, train = jax.jit(agent.update), agent.init(jax.random.key(0))
+    update, train = jax.jit(agent.update), jax.jit(agent.init)(jax.random.key(0))
     for i in range(1, 6):
         before = train
         train, info = update(train, traj, jax.random.key(i))
