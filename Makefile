@@ -12,7 +12,7 @@ PYTHONS  := $(or $(PYTHON),python3.11 python3.12 python3 python3.13 python)
 SUITABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dreamer tdmpc test learn trust chaos soak mutations lint bench clean
+.PHONY: help setup dreamer tdmpc test learn trust chaos soak mutations lint bench docs clean
 
 help:  ## this list
 	@echo "make TARGET [ARGS='...'] [PYTHON=python3.11] [WORKERS=2]"
@@ -69,6 +69,9 @@ lint: setup  ## ruff (rules and format) and pyright
 bench: setup  ## time the train step and the whole loop on this machine
 	$(BIN)/python benchmarks/train_step.py $(ARGS)
 
+docs: setup  ## build the documentation site into site/; ARGS="--site-dir DIR"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build $(ARGS)
+
 clean:  ## remove the environment and every cache; runs stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

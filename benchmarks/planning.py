@@ -6,7 +6,7 @@ python benchmarks/planning.py random icem  # those whose planner is named
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 
 import jax
@@ -59,9 +59,16 @@ def measure(name: str, fields: dict[str, int], warm: bool) -> str:
     return f"| {name} | {rounds} | {count} | {start} | {scores} | {cpu:.1f} |"
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Returns and costs of the planners with the true cartpole.")
+    parser.add_argument("planner", nargs="*", help="planners by name; all by default")
+    names = parser.parse_args().planner or list(planners.REGISTRY)
     print("| planner | rounds | candidates per plan | warm start | return, mean | range | CPU ms per plan |")
     print("|---|---|---|---|---|---|---|")
     for row in ROWS:
-        if row[0] in (sys.argv[1:] or planners.REGISTRY):
+        if row[0] in names:
             print(measure(*row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

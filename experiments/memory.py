@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 
 import jax
 import numpy as np
-import tyro
 
 import world_models
 from mbrl import envs, plots, probing
 from mbrl.agents import dreamer
 from mbrl.agents.dreamer import DreamerConfig
-from mbrl.config import choose, config_type, early_flags, load_factory, override, run_main
+from mbrl.config import choose, config_type, early_flags, load_factory, override, parse_flags, run_main
 from mbrl.drivers import Source, make_source
 from mbrl.errors import UserError
 from mbrl.experiment import default_folder, launch
@@ -85,7 +84,7 @@ def parse(argv: Sequence[str]) -> Config:
     """The world model's preset, then flags."""
     early = early_flags(argv, world_model="s4wm", num_seeds=1)
     use_cpu_devices(max(1, early.num_seeds))
-    return tyro.cli(Config, args=argv, default=default_config(early.world_model))
+    return parse_flags(argv, default_config(early.world_model))
 
 
 def run_probe(config: Config, source: Source, model: WorldModel, seeds: Seeds, run_dir: str) -> None:

@@ -14,11 +14,10 @@ from dataclasses import asdict, dataclass, field
 
 import jax
 import numpy as np
-import tyro
 
 import planners
 from mbrl import envs
-from mbrl.config import choose, config_type, early_flags, load_factory, override, run_main
+from mbrl.config import choose, config_type, early_flags, load_factory, override, parse_flags, run_main
 from mbrl.errors import check_at_least
 from mbrl.planning import PlanConfig, RuleConfig, make_objective, make_planner
 from mbrl.seeds import Seeds, use_compilation_cache, use_cpu_devices
@@ -71,7 +70,7 @@ def find_planner(name: str):
 def main(argv: Sequence[str]) -> None:
     early = early_flags(argv, planner="icem", num_seeds=1)
     use_cpu_devices(max(1, early.num_seeds))
-    config = tyro.cli(Config, args=argv, default=default_config(early.planner))
+    config = parse_flags(argv, default_config(early.planner))
     check_at_least("num_envs", config.num_envs, 1)
     check_at_least("steps", config.steps, 0)
     env = envs.make_jax(

@@ -1,4 +1,4 @@
-"""``python -m mbrl report | compare | export | data``: what became of runs."""
+"""``python -m mbrl presets | report | compare | export | data``: before and after a run."""
 
 from __future__ import annotations
 
@@ -11,13 +11,34 @@ from mbrl.errors import UserError
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser("python -m mbrl", description="What became of runs.")
+    parser = argparse.ArgumentParser("python -m mbrl", description="Before and after a run.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_presets(commands)
     _add_report(commands)
     _add_compare(commands)
     _add_data(commands)
     arguments = parser.parse_args(argv)
     arguments.run(arguments)
+
+
+def _add_presets(commands) -> None:
+    text = "what each preset costs and what it reached"
+    commands.add_parser("presets", help=text, description=text).set_defaults(run=_presets)
+
+
+def _presets(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from mbrl.presets import ABOUT
+
+    for agent, presets in ABOUT.items():
+        table = Table(title=agent, title_justify="left", title_style="bold")
+        for name in ("--preset", "parameters", "cost, 2 CPU cores", "return on cartpole_swingup"):
+            table.add_column(name)
+        for name, about in presets.items():
+            table.add_row(name, *about)
+        Console().print(table)
 
 
 def _add_report(commands) -> None:

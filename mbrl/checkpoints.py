@@ -3,8 +3,9 @@
 One directory per step, ``checkpoints/000000012000/``: ``state/`` (orbax; the pytree), ``extra.npz`` (states
 of host environments), and ``manifest.json`` with the schema version, path, shape and dtype of every leaf and
 the sha256 of every file. All of it is written in ``checkpoints/.saving``, the manifest last, and renamed when
-complete: a directory with a step's name is a finished checkpoint, whatever killed the process. For runs of
-one process (any number of devices).
+complete: a directory with a step's name is a finished checkpoint, whatever killed the process. Of a run of
+several processes each writes its part of the arrays, and the first one all else, into a folder that they
+share; any number of processes and devices can read it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mbrl.errors import UserError
+from mbrl.processes import all_do, leads
 from mbrl.run_folder import jsonable, sync_directory, write_atomic
 
 SCHEMA = 2  # 2: episodes between two rows of metrics
@@ -72,10 +74,14 @@ def save(
     extra = {name: _host_array(name, array) for name, array in (extra or {}).items()}
     body = {"schema": SCHEMA, "step": int(step), "meta": jsonable(meta or {}), "leaves": table}
     target, saving = folder / f"{step:012d}", folder / ".saving"
-    try:
+
+    def prepare() -> None:
         shutil.rmtree(saving, ignore_errors=True)  # left by a process that was killed here
         saving.mkdir(parents=True)
-        _write_arrays(saving / "state", leaves)
+
+    def complete() -> None:
+        # Orbax notes the absolute path in it, and run folders are moved and shared.
+        (saving / "state" / "commit_success.txt").write_text("")
         with open(saving / "extra.npz", "wb") as file:
             # The underscore keeps names such as "file" apart from savez's own arguments.
             np.savez(file, allow_pickle=False, **{f"_{name}": array for name, array in extra.items()})  # pyright: ignore[reportArgumentType]
@@ -85,11 +91,18 @@ def save(
             _remove(target)
         os.rename(saving, target)
         sync_directory(folder)
+
+    try:
+        all_do(prepare, leader_only=True)
+        all_do(lambda: _write_arrays(saving / "state", leaves))
+        all_do(complete, leader_only=True)
     except Exception as error:  # orbax reports a full disk in many types
         shutil.rmtree(saving, ignore_errors=True)
         message = f"checkpoint of step {step} was not written, older ones are untouched: {_reason(error)}"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
         return False
+    if not leads():
+        return True
     # Later steps are damaged ones that a resumed run has not reached again: they do not count as kept.
     for old in [found for found in steps(folder) if found <= step][:-keep]:
         _remove(folder / f"{old:012d}")
@@ -249,8 +262,6 @@ def _write_arrays(path: Path, leaves: list[Any]) -> None:
     item = {f"{i:05d}": leaf for i, leaf in enumerate(leaves) if np.size(leaf)}
     with _checkpointer() as (ocp, checkpointer):
         checkpointer.save(path, args=ocp.args.PyTreeSave(item))
-    # Orbax notes the absolute path in it, and run folders are moved and shared.
-    (path / "commit_success.txt").write_text("")
 
 
 def _read_arrays(path: Path, numbers: list[int], targets: list[jax.ShapeDtypeStruct]) -> list[jax.Array]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import contextlib
 import dataclasses
 import difflib
 import importlib
+import inspect
 import sys
+import textwrap
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -40,6 +44,17 @@ def load_factory(field: str, name: str, registry: Mapping[str, str]) -> Callable
 def config_type(factory: Callable[..., Any]) -> type:
     """The dataclass that a factory takes as its argument ``config``."""
     return typing.get_type_hints(factory)["config"]
+
+
+def field_docs(config: type) -> dict[str, str]:
+    """The docstring below each field of a config dataclass, inherited fields included, on one line."""
+    found = {}
+    for base in (one for one in reversed(config.__mro__) if dataclasses.is_dataclass(one)):
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        for field, doc in zip(tree.body, tree.body[1:]):  # type: ignore[attr-defined]
+            if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
+                found[field.target.id] = " ".join(ast.literal_eval(doc.value).split())  # type: ignore
+    return found
 
 
 def override(config: T, values: Mapping[str, Any]) -> T:
@@ -122,6 +137,48 @@ def early_flags(argv: Sequence[str], **defaults: Any) -> argparse.Namespace:
         return parser.parse_known_args(argv)[0]
     except (argparse.ArgumentError, SystemExit):
         return argparse.Namespace(**defaults)
+
+
+def parse_flags(argv: Sequence[str], config: T) -> T:
+    """``config`` with the flags of ``argv``. --help shows the script's own text and the flags that are no
+    settings of a part; those have a line per part, and --help-all shows all of them."""
+    import tyro
+
+    if {"-h", "--help"} & set(argv):
+        _show_help(config)
+        raise SystemExit(0)
+    given = ["--help" if flag == "--help-all" else flag for flag in argv]
+    return tyro.cli(type(config), args=given, default=config)
+
+
+def _show_help(config: Any) -> None:
+    import tyro
+    from rich.console import Console
+    from rich.table import Table
+
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    parts = {name: value for name, value in values.items() if dataclasses.is_dataclass(value)}
+    docs, kinds = field_docs(type(config)), typing.get_type_hints(type(config), include_extras=True)
+    explained = lambda name: typing.Annotated[kinds[name], tyro.conf.arg(help=docs[name])]
+    flags = [(k, explained(k), dataclasses.field(default=v)) for k, v in values.items() if k not in parts]
+    text = sys.modules[type(config).__module__].__doc__
+    with contextlib.suppress(SystemExit):
+        tyro.cli(dataclasses.make_dataclass("Flags", flags, kw_only=True), args=["--help"], description=text)
+    table = Table.grid(padding=(0, 2))
+    for name, part in parts.items():
+        if fields := _count(part):
+            table.add_row(f"  --{name.replace('_', '-')}.*", f"{fields} settings", docs.get(name, ""))
+    console = Console(highlight=False)
+    console.print("Settings of the parts, listed by --help-all:")
+    console.print(table)
+    if "preset" in values:
+        console.print("What presets cost and what they reached: python -m mbrl presets")
+
+
+def _count(config: Any) -> int:
+    """Fields, those of nested configs included."""
+    values = [getattr(config, f.name) for f in dataclasses.fields(config)]
+    return sum(_count(value) if dataclasses.is_dataclass(value) else 1 for value in values)
 
 
 def run_main(main: Callable[[Sequence[str]], None]) -> None:

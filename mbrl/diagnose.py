@@ -35,7 +35,7 @@ class Dump(NamedTuple):
 
 def make_dumper(agent: Agent, replay: Replay, seeds: Seeds) -> Callable[..., str]:
     """``dump(state, keys, seed, folder, frames) -> sentence`` writes ``nan/seed_<n>/`` of the run folder for
-    the seed at position ``seed``. Compiled when first called."""
+    the seed at position ``seed``. Compiled when first called. Of runs of one process."""
 
     def attempt(state: RunState, key, number):
         sample_key, update_key = jax.random.split(stream(key, DIAGNOSE, number))
@@ -46,6 +46,8 @@ def make_dumper(agent: Agent, replay: Replay, seeds: Seeds) -> Callable[..., str
     program = seeds.program(attempt, shared=(2,))
 
     def dump(state: RunState, keys, seed: int, folder: RunFolder, frames: int) -> str:
+        if jax.process_count() > 1:
+            return "its update is not dumped, which only a run of one process does"
         for number in range(ATTEMPTS):
             traj, key, good = program(state, keys, np.int32(number))
             if not good[seed]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -13,6 +15,7 @@ from mbrl.collect import HostCollector
 from mbrl.envs.pool import HostPool
 from mbrl.envs.workers import WorkerPool
 from mbrl.errors import UserError, check_at_least
+from mbrl.processes import gather_bytes
 from mbrl.programs import LoopConfig, Programs, RunState
 from mbrl.seeds import Seeds
 from mbrl.types import EnvSpec, HostEnv, JaxEnv
@@ -76,30 +79,69 @@ class HostDriver:
     def __init__(
         self, programs: Programs, pool: HostPool | WorkerPool, seeds: Seeds, num_envs: int, rows: int
     ):
-        self.programs, self.rows = programs, rows
-        self.collector = HostCollector(pool, len(seeds), num_envs)
+        self.programs, self.rows, self.seeds = programs, rows, seeds
+        self.collector = HostCollector(pool, len(seeds.own), num_envs)
 
     def advance(self, state: RunState, keys, iteration: int, learning: bool):
         policy = self.programs.act if learning else self.programs.act_random
 
         def act(actor, obs, is_first, i):
-            return policy(state.train, actor, obs, is_first, keys, np.int32(iteration * self.rows + i))
+            seen, step = self.seeds.put((obs, is_first)), np.int32(iteration * self.rows + i)
+            action, actor, latent = policy(state.train, actor, *seen, keys, step)
+            return self.seeds.fetch_own(action), actor, latent
 
         actor, rows, latents, episodes = self.collector.collect(act, state.actor, self.rows)
-        state = state._replace(actor=actor)
+        state, rows = state._replace(actor=actor), self.seeds.put(rows)
         if learning:
             return *self.programs.learn(state, rows, latents, keys, np.int32(iteration)), episodes
         return self.programs.store(state, rows, latents), None, episodes
 
     def faults(self) -> np.ndarray:
-        """Environment failures so far [S]."""
+        """Environment failures so far [S], of the members in this process."""
         return self.collector.pool.faults.reshape(self.collector.shape).sum(1)
 
     def get_state(self) -> dict[str, np.ndarray]:
-        return self.collector.get_state()
+        """Of the environments of all processes, which must ask at the same time."""
+        own = self.collector.get_state()
+        if len(self.seeds.own) == len(self.seeds):
+            return own
+        file = io.BytesIO()
+        np.savez(file, allow_pickle=False, **own)  # pyright: ignore[reportArgumentType]
+        parts = [dict(np.load(io.BytesIO(data))) for data in gather_bytes(file.getvalue())]
+        return join_states(parts, self.collector.pool.size)
 
     def set_state(self, extra: dict[str, np.ndarray]) -> None:
-        self.collector.set_state(extra)
+        size, own = self.collector.pool.size, self.seeds.own
+        self.collector.set_state(state_part(extra, own, len(self.seeds), size))
+
+
+def join_states(parts: list[dict[str, np.ndarray]], size: int) -> dict[str, np.ndarray]:
+    """The state of a collector of all members, from those of collectors of some each, ``size`` environments
+    in every one."""
+    joined = {}
+    for name in parts[0]:
+        values = [part[name] for part in parts]
+        found = re.fullmatch(r"pool/(\d+)/(.*)", name)
+        if found is None:
+            joined[name] = np.concatenate(values)
+        else:
+            number, key = int(found[1]), found[2]
+            joined |= {f"pool/{number + i * size}/{key}": value for i, value in enumerate(values)}
+    return joined
+
+
+def state_part(state: dict[str, np.ndarray], own: range, total: int, size: int) -> dict[str, np.ndarray]:
+    """The part of ``total`` members' collector state that belongs to ``own``, which have ``size``
+    environments."""
+    first, part = own.start * size // len(own), {}
+    for name, value in state.items():
+        found = re.fullmatch(r"pool/(\d+)/(.*)", name)
+        if found is None:
+            each = len(value) // total
+            part[name] = value[own.start * each : own.stop * each]
+        elif first <= int(found[1]) < first + size:
+            part[f"pool/{int(found[1]) - first}/{found[2]}"] = value
+    return part
 
 
 def host_seed(seed: int, purpose: int, index: int) -> int:
@@ -108,7 +150,7 @@ def host_seed(seed: int, purpose: int, index: int) -> int:
 
 
 def make_pool(source: Source, seeds: Seeds, num_envs: int, purpose: int) -> HostPool:
-    """S x E host environments, member by member, in this process."""
+    """Host environments [S x E], member by member, of the members that live here, in this process."""
     return HostPool([source.make_host(seed) for seed in _host_seeds(seeds, num_envs, purpose)])
 
 
@@ -123,4 +165,5 @@ def make_workers(
 
 
 def _host_seeds(seeds: Seeds, num_envs: int, purpose: int) -> list[int]:
-    return [host_seed(s, purpose, i) for s in seeds.seeds for i in range(num_envs)]
+    members = [seeds.seeds[i] for i in seeds.own]
+    return [host_seed(s, purpose, i) for s in members for i in range(num_envs)]

@@ -11,6 +11,7 @@ import numpy as np
 
 from mbrl.envs.pool import HostPool
 from mbrl.envs.workers import WorkerPool
+from mbrl.processes import agree
 from mbrl.seeds import Seeds
 from mbrl.types import Agent, JaxEnv, TimeStep, Trajectory
 
@@ -57,7 +58,7 @@ def make_device(
         return (carry[-1], rows) if record else carry[-1]
 
     program = seeds.program(one_seed)
-    return lambda train, keys: jax.tree.map(np.asarray, program(train, keys))
+    return lambda train, keys: seeds.fetch(program(train, keys))
 
 
 def _row(timestep: TimeStep, action: Any, first: Any, xp: Any) -> Trajectory:
@@ -69,9 +70,10 @@ def _row(timestep: TimeStep, action: Any, first: Any, xp: Any) -> Trajectory:
 def make_host(
     agent: Agent, pool: HostPool | WorkerPool, seeds: Seeds, episodes: int, record: bool = False
 ) -> Callable[..., Any]:
-    """As `make_device`, for ``pool`` of S x episodes host environments, seed by seed."""
+    """As `make_device`, for ``pool`` of S x episodes host environments, seed by seed, of the seeds in this
+    process."""
     start = pool.get_state()
-    shape = (len(seeds), episodes)
+    shape = (len(seeds.own), episodes)
 
     def act(train, actor, obs, is_first, key, step):
         action, actor, _ = agent.act(train, actor, obs, is_first, jax.random.fold_in(key, step), mode="eval")
@@ -90,9 +92,10 @@ def make_host(
         returns, done, step = np.zeros(shape), np.zeros(shape, bool), 0
         rows = [_row(timestep, action, first, np)]
         limit = pool.spec.max_steps or MAX_STEPS
-        while not done.all() and step < limit:
-            action, actor = program(train, actor, timestep.obs, first, keys, step)
-            flat = np.asarray(action).reshape(-1, action.shape[-1])
+        while agree(not done.all()) and step < limit:
+            action, actor = program(train, actor, *seeds.put((timestep.obs, first)), keys, step)
+            action = seeds.fetch_own(action)
+            flat = action.reshape(-1, action.shape[-1])
             # An episode that is over is reset and goes on uncounted, so that the batch keeps its shape.
             first = timestep.is_last
             timestep = jax.tree.map(batch, pool.step(flat, first.reshape(-1)))
@@ -102,7 +105,8 @@ def make_host(
             done |= timestep.is_last
             step += 1
             if record:
-                rows.append(_row(timestep, np.asarray(action), first, np))
-        return (returns, jax.tree.map(lambda *xs: np.stack(xs, 1), *rows)) if record else returns
+                rows.append(_row(timestep, action, first, np))
+        trajectory = jax.tree.map(lambda *xs: np.stack(xs, 1), *rows) if record else None
+        return seeds.fetch((returns, trajectory) if record else returns)
 
     return evaluate

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
-import tyro
 
-from mbrl.config import check_config, differences, early_flags, override
+from mbrl import processes
+from mbrl.config import check_config, differences, early_flags, override, parse_flags
 from mbrl.drivers import make_source
 from mbrl.errors import UserError
 from mbrl.finished import learned_by
 from mbrl.memory import check_memory
+from mbrl.processes import all_do, leads, one_voice
 from mbrl.programs import LoopConfig, make_clock
 from mbrl.run_folder import RunFolder
 from mbrl.seeds import Seeds, use_compilation_cache, use_cpu_devices, use_debugging, use_determinism
@@ -44,6 +47,11 @@ class Experiment:
     """Continue the run in run_dir from its newest checkpoint, with the settings stored there."""
     from_run: str = ""
     """Start from what the agents in another run folder have learned; optimiser and replay start afresh."""
+    data_parallel: int = 1
+    """Devices that share the batch of each seed; the others hold further seeds. May change on resume."""
+    distributed: bool = False
+    """Run on several processes that see the same run_dir: started by srun, mpirun or on a TPU pod, or named
+    by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. May change on resume."""
     video: bool = False
     """Film one episode of the final policy into videos/ of the run folder (dm_control and gymnasium)."""
     debug: bool = False
@@ -51,7 +59,7 @@ class Experiment:
     deterministic: bool = False
     """Equal settings give equal bits on a GPU too, at the cost of speed; on a CPU they do anyway."""
     loop: LoopConfig = field(default_factory=LoopConfig)
-    """Loop."""
+    """Environments, replay, how often to update, log, evaluate and save."""
 
 
 C = TypeVar("C", bound=Experiment)
@@ -66,41 +74,55 @@ def parse(
     parts: flags that decide which fields there are, by their default (world_model="rssm").
     """
     early = early_flags(
-        argv, preset=None, num_seeds=1, run_dir="", resume=False, deterministic=False, **parts
+        argv,
+        **dict(preset=None, num_seeds=1, run_dir="", resume=False, data_parallel=1),
+        **dict(distributed=False, deterministic=False),
+        **parts,
     )
-    use_cpu_devices(max(1, early.num_seeds))
     if early.deterministic:
         use_determinism()
+    if early.distributed:
+        processes.join()
+    elif not early.resume:
+        use_cpu_devices(max(1, early.num_seeds), max(1, early.data_parallel))
     if early.resume:
         if not early.run_dir:
             raise UserError("--resume needs --run-dir: the folder of the run to continue")
-        return resumed(argv, default, early.run_dir, parts)
+        return resumed(argv, default, early, parts)
     if early.preset is None:
         cpu = jax.default_backend() == "cpu"
         early.preset = "s" if cpu else accelerator
         device = "this machine has no accelerator" if cpu else f"found {jax.devices()[0].device_kind}"
         print(f"preset {early.preset}: {device}; choose another with --preset {{{','.join(presets)}}}")
     config = default(early.preset, **{name: getattr(early, name) for name in parts})
-    return tyro.cli(type(config), args=argv, default=config)
+    return parse_flags(argv, config)
 
 
-def resumed(argv: Sequence[str], default: Callable[..., C], run_dir: str, parts: dict[str, str]) -> C:
-    """The stored config; flags may repeat it but not change it."""
+FREE = ("video", "debug", "from_run", "data_parallel", "distributed")
+"""What a resumed run may have otherwise than the run that it continues."""
+
+
+def resumed(
+    argv: Sequence[str], default: Callable[..., C], early: argparse.Namespace, parts: dict[str, str]
+) -> C:
+    """The stored config; flags may repeat it but not change it, but for those that are ``FREE``."""
+    run_dir = early.run_dir
     stored = RunFolder.config_of(run_dir).get("config", {})
     if "preset" not in stored:
         raise UserError(
             f"--run-dir {run_dir} holds a run of another script, which cannot be resumed by this one"
         )
-    use_cpu_devices(stored["num_seeds"])
     if stored.get("deterministic"):
         use_determinism()
+    if not early.distributed:
+        use_cpu_devices(stored["num_seeds"], max(1, early.data_parallel))
     # A run from before a part could be chosen has the default one.
     named = {name: stored.get(name, value) for name, value in parts.items()}
     config = override(default(stored["preset"], **named), stored)
     config = dataclasses.replace(config, run_dir=run_dir, resume=True)
-    free = dataclasses.replace(config, video=False, debug=False, from_run="")  # they may change
-    given = tyro.cli(type(config), args=argv, default=free)
-    config = dataclasses.replace(config, video=given.video, debug=given.debug, from_run=given.from_run)
+    unset = {name: getattr(Experiment, name) for name in FREE}
+    given = parse_flags(argv, dataclasses.replace(config, **unset))
+    config = dataclasses.replace(config, **{name: getattr(given, name) for name in FREE})
     if changed := differences(config, given):
         raise UserError(f"--resume continues a run as it was started, but {changed[0]} differs from it")
     return config
@@ -132,7 +154,8 @@ def execute(
         )
     length = loop.batch_length + extra_rows
     clock = make_clock(loop, config.steps, length)
-    seeds = Seeds.make(config.seed, config.num_seeds)
+    seeds = Seeds.make(config.seed, config.num_seeds, config.data_parallel)
+    check_devices(config, seeds, source.env is None)
     agent = make_agent(config, source.spec, clock.total_updates)
     run = Run(agent, source, seeds, loop, clock, length)
     run_dir = config.run_dir or default_folder(config.task, config.preset)
@@ -142,6 +165,27 @@ def execute(
     )
 
 
+def check_devices(config: Experiment, seeds: Seeds, host: bool) -> None:
+    """UserError for what the devices and processes of the run cannot do. host: environments live there."""
+    if config.loop.batch_size % seeds.data:
+        raise UserError(
+            f"loop.batch_size is {config.loop.batch_size}, it must be a multiple of data_parallel, "
+            f"which is {seeds.data}"
+        )
+    if jax.process_count() == 1:
+        return
+    if not config.run_dir:
+        raise UserError("--distributed needs --run-dir: a folder that all processes share")
+    if config.video:
+        raise UserError("--video needs a run of one process; experiments/evaluate.py films a finished run")
+    if host and seeds.data > jax.local_device_count():
+        raise UserError(
+            f"data_parallel is {seeds.data}, but a process has {jax.local_device_count()} device(s): seeds "
+            f"whose environments live on the host cannot span processes"
+        )
+
+
+@one_voice()
 def launch(
     run: Run,
     stored: dict[str, Any],
@@ -158,14 +202,13 @@ def launch(
     check_memory(run, print)
     # Before anything is written: it may be refused.
     learned = learned_by(from_run, run.shapes().train, len(run.seeds)) if from_run and not resume else {}
-    if resume:
-        folder = RunFolder.open_for_resume(run_dir)
-    else:
-        folder = RunFolder.create(run_dir, stored)
+    open_folder = RunFolder.open_for_resume if resume else partial(RunFolder.create, config=stored)
+    folder = all_do(lambda: open_folder(run_dir), leader_only=True) or RunFolder.follow(run_dir)
     use_compilation_cache()
     task = run.source.spec.name
     with folder:
         print(f"{task}: {name}, run folder {folder.path}")
         summary = train(run, folder, resume, video, learned)
-        finish(folder, summary, task, f"{task}: {name}")
+        if leads():
+            finish(folder, summary, task, f"{task}: {name}")
     return summary

@@ -54,8 +54,11 @@ def plan(state: RunState, copies: bool) -> dict[str, int]:
 def check_memory(run: Run, say: Callable[[str], None]) -> None:
     """Says what a run will take, before anything is allocated; UserError when it cannot fit."""
     seeds = run.seeds
-    copies = seeds.loop and len(seeds) > seeds.mesh.size
-    parts, available = plan(run.shapes(), copies), available_bytes(seeds.mesh.devices.flat)
+    copies = seeds.loop and len(seeds) > seeds.shards
+    devices = [d for d in seeds.mesh.devices.flat if d.process_index == jax.process_index()]
+    share = len(devices) / seeds.shards  # of the seeds in this process, on each of the devices they span
+    parts = {name: round(share * size) for name, size in plan(run.shapes(), copies).items()}
+    available = available_bytes(devices)
     total = sum(parts.values())
     text = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
     say(

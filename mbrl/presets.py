@@ -7,7 +7,7 @@ behaviour needs with that backbone. Of TD-MPC2, "search" holds settings by plann
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 Preset = dict[str, dict[str, Any]]
 
@@ -200,3 +200,37 @@ TDMPC: dict[str, Preset] = {
     "48M": _tdmpc_published(3, 1792, 1792, 768, 5),
     "317M": _tdmpc_published(4, 4096, 4096, 1376, 8),
 }
+
+
+class About(NamedTuple):
+    """What to expect of a preset, on cartpole_swingup and 2 CPU cores without a GPU: docs/results.md and
+    docs/performance.md have the measurements."""
+
+    parameters: str
+    cost: str
+    reached: str
+
+
+UNTRIED = "published size, not run here"
+ABOUT: dict[str, dict[str, About]] = {
+    "DreamerV3": {
+        "xs": About("26 k", "a minute for 3,000 frames", "for tests; solves nothing"),
+        "s": About("110 k", "10 to 12 min for 80,000 frames", "859 after 80,000 frames (IQM of 3 runs)"),
+        "size1m": About("0.6 M", "0.4 s per update of 16 x 64", "244 after 24,000 frames, changed for a CPU"),
+        "size12m": About("9.7 M", "2.3 s per update of 16 x 64", "published: 528 after 100,000 frames"),
+        "size25m": About("22 M", "for accelerators", UNTRIED),
+        "size50m": About("39 M", "for accelerators", UNTRIED),
+        "size100m": About("87 M", "for accelerators", UNTRIED),
+        "size200m": About("154 M", "for accelerators", UNTRIED),
+        "size400m": About("345 M", "for accelerators", UNTRIED),
+    },
+    "TD-MPC2": {
+        "s": About("0.2 M", "6 to 7 min for 64,000 frames, one core", "726 and 825 after 64,000 frames"),
+        "1M": About("1.2 M", "for accelerators", UNTRIED),
+        "5M": About("4.9 M", "for accelerators", "published: 839 after 100,000 frames"),
+        "19M": About("18 M", "for accelerators", UNTRIED),
+        "48M": About("47 M", "for accelerators", UNTRIED),
+        "317M": About("312 M", "for accelerators", UNTRIED),
+    },
+}
+"""By agent and preset, as ``python -m mbrl presets`` prints it."""

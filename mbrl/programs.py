@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from mbrl.collect import collect_device, init_device, random_action
 from mbrl.errors import UserError, check_above, check_at_least, check_between
 from mbrl.replay import Replay, ReplayState
-from mbrl.seeds import Seeds
+from mbrl.seeds import Seeds, split_batch
 from mbrl.types import Agent, Array, EnvSpec, JaxEnv, PyTree, Transition
 
 # Every random stream of a run is fold_in(fold_in(seed key, stream), clock): nothing random needs saving,
@@ -203,7 +203,7 @@ def update_loop(agent: Agent, replay: Replay, state: RunState, key: Array, updat
         train, ring, health = carry
         sample_key, update_key = jax.random.split(key)
         ring, sampled = replay.sample(ring, sample_key)
-        new, info = agent.update(train, sampled.traj, update_key)
+        new, info = agent.update(train, split_batch(sampled.traj), update_key)
         good = all_finite((new, info.metrics["loss"]))
         accept = good & ~health.frozen
         train = jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, train)

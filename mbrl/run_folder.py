@@ -8,6 +8,7 @@ import os
 import platform
 import socket
 import subprocess
+import tempfile
 import warnings
 from importlib import metadata
 from pathlib import Path
@@ -30,8 +31,8 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, lock: int | None):
-        self.path = path
-        self._lock = lock
+        self.path = self.shared = path
+        self._lock, self._hidden = lock, None
 
     @classmethod
     def create(cls, path: str | os.PathLike, config: dict[str, Any]) -> RunFolder:
@@ -86,6 +87,15 @@ class RunFolder:
             raise UserError(_unwritable(root, error)) from error
         return folder
 
+    @classmethod
+    def follow(cls, path: str | os.PathLike) -> RunFolder:
+        """The run folder ``path`` for a process that does not lead the run: it shares the checkpoints, and
+        whatever else it writes disappears with it."""
+        hidden = tempfile.TemporaryDirectory(prefix="mbrl-")
+        folder = cls(Path(hidden.name), None)
+        folder.shared, folder._hidden = Path(path), hidden  # kept: it is deleted with its last reference
+        return folder
+
     @staticmethod
     def config_of(path: str | os.PathLike) -> dict[str, Any]:
         """The ``config.json`` of the run in ``path``, without taking the folder.
@@ -118,7 +128,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self.shared / "checkpoints"
 
     @property
     def tensorboard(self) -> Path:

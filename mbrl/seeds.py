@@ -1,9 +1,12 @@
-"""N seeds as one program: functions are written for one seed, this adds the axis and spreads it."""
+"""N seeds as one program: functions are written for one seed, this adds the axis and spreads it.
+
+Devices form a mesh ('seed', 'data'): seeds are spread first, then the batch of each seed.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,19 +15,24 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mbrl import processes
 from mbrl.errors import UserError, check_between
 
 
-def use_cpu_devices(num_seeds: int) -> None:
-    """One virtual CPU device per core, as many as divide the seeds, so that seeds use all cores.
+def use_cpu_devices(num_seeds: int, data: int = 1) -> None:
+    """One virtual CPU device per core, as many as divide the seeds, so that seeds use all cores; ``data``
+    devices for each where its batch is split.
 
     Call before the first JAX operation. Without effect on accelerators. An explicit XLA_FLAGS
     --xla_force_host_platform_device_count wins.
     """
+    if data > 1:
+        # Programs that run at once on the same few threads could wait for each other's part of a sum.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
     if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jax.config.update("jax_num_cpu_devices", _divisor(num_seeds, cores))
+    jax.config.update("jax_num_cpu_devices", data * _divisor(num_seeds, max(1, cores // data)))
 
 
 def use_compilation_cache() -> None:
@@ -66,17 +74,37 @@ class Seeds:
     small networks (docs/performance.md), and a seed's numbers are then bit-equal whatever runs beside it."""
 
     @classmethod
-    def make(cls, seed: int, num_seeds: int) -> Seeds:
-        """Members seed, seed + 1, ...; a member's run does not depend on how many run beside it."""
+    def make(cls, seed: int, num_seeds: int, data: int = 1) -> Seeds:
+        """Members seed, seed + 1, ...; a member's run does not depend on how many run beside it.
+
+        data: devices over which the batch of each seed is split. UserError when there are not as many, or
+        when a process of the run would have nothing to do.
+        """
         check_between("num_seeds", num_seeds, 1, 10_000)
         check_between("seed", seed, 0, 2**31 - num_seeds)  # keys are made from int32
-        devices = jax.devices()
-        devices = devices[: _divisor(num_seeds, len(devices))]
-        mesh = Mesh(np.array(devices), ("seed",))
-        return cls(tuple(range(seed, seed + num_seeds)), mesh, loop=devices[0].platform == "cpu")
+        mesh = Mesh(_devices(num_seeds, data).reshape(-1, data), ("seed", "data"))
+        members = tuple(range(seed, seed + num_seeds))
+        return cls(members, mesh, loop=mesh.devices[0, 0].platform == "cpu")
 
     def __len__(self) -> int:
         return len(self.seeds)
+
+    @property
+    def shards(self) -> int:
+        """Parts into which the seed axis is cut."""
+        return self.mesh.shape["seed"]
+
+    @property
+    def data(self) -> int:
+        """Devices that share the batch of a seed."""
+        return self.mesh.shape["data"]
+
+    @property
+    def own(self) -> range:
+        """Positions of the members that live in this process; all of them where there is one process."""
+        local = [i for i, row in enumerate(self.mesh.devices) if _is_own(row)]
+        each = len(self) // self.shards
+        return range(local[0] * each, (local[-1] + 1) * each)
 
     @property
     def sharding(self) -> NamedSharding:
@@ -85,8 +113,36 @@ class Seeds:
 
     def keys(self) -> jax.Array:
         """One typed PRNG key per member [S]."""
-        keys = jax.vmap(jax.random.key)(np.array(self.seeds))
-        return jax.device_put(keys, self.sharding)
+        make = jax.jit(jax.vmap(jax.random.key), out_shardings=self.sharding)
+        return make(np.array(self.seeds))
+
+    def put(self, tree: Any) -> Any:
+        """NumPy arrays of the own members [S here, ...] as arguments of a program [S, ...]."""
+        if jax.process_count() == 1:
+            return tree
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.sharding, x), tree)
+
+    def fetch_own(self, tree: Any) -> Any:
+        """What a program returned [S, ...] as NumPy arrays of the own members [S here, ...]."""
+
+        def fetch(x):
+            if jax.process_count() == 1 or not isinstance(x, jax.Array):
+                return np.asarray(x)
+            parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+            return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+        return jax.tree.map(fetch, tree)
+
+    def fetch(self, tree: Any) -> Any:
+        """What a program returned, or arrays of the own members, as NumPy arrays of all members [S, ...].
+
+        With several processes all must ask at the same time.
+        """
+        own = self.fetch_own(tree)
+        if jax.process_count() == 1:
+            return own
+        same = jax.process_count() * len(self.own) // len(self)  # processes that share their members
+        return jax.tree.map(lambda x: np.concatenate(processes.gather(x)[::same]), own)
 
     def program(self, function: Callable[..., Any], shared: tuple[int, ...] = (), donate=()) -> Any:
         """jit of ``function`` for all members: arguments and results get the leading axis S.
@@ -103,7 +159,7 @@ class Seeds:
 
         def local(*args):
             """The seeds of one device."""
-            if len(self) == self.mesh.size:
+            if len(self) == self.shards:
                 return one_seed(function, shared)(*args)
             if self.loop:
                 seeded = [a for i, a in enumerate(args) if i not in shared]
@@ -116,12 +172,55 @@ class Seeds:
             axes = tuple(None if i in shared else 0 for i in range(len(args)))
             return jax.vmap(function, in_axes=axes)(*args)
 
+        # What is left out of ``manual``, the compiler spreads: the batch, where `split_batch` asks for it.
+        manual = {"seed"} if self.data > 1 else set(self.mesh.axis_names)
+
         def all_seeds(*args):
             return jax.shard_map(
-                local, mesh=self.mesh, in_specs=specs(len(args)), out_specs=P("seed"), check_vma=False
+                local,
+                mesh=self.mesh,
+                in_specs=specs(len(args)),
+                out_specs=P("seed"),
+                axis_names=manual,
+                check_vma=False,
             )(*args)
 
-        return jax.jit(all_seeds, donate_argnums=donate)
+        return jax.jit(all_seeds, donate_argnums=donate, out_shardings=self.sharding)
+
+
+def split_batch(tree: Any) -> Any:
+    """Inside a program: arrays [T, B, ...] with B spread over the mesh axis ``data``, so that a gradient of
+    their mean is one of a mean over devices. Nothing where there is no such axis."""
+    if jax.sharding.get_abstract_mesh().shape.get("data", 1) == 1:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P(None, "data")), tree)
+
+
+def _is_own(devices: Iterable[Any]) -> bool:
+    return any(device.process_index == jax.process_index() for device in devices)
+
+
+def _devices(num_seeds: int, data: int) -> np.ndarray:
+    """The devices of a run, those of a process side by side, as many of each process; ``data`` for a seed."""
+    check_between("data_parallel", data, 1, 10_000)
+    devices = np.array(jax.devices()).reshape(jax.process_count(), -1)
+    count, each = devices.shape
+    if data <= each:
+        seeds_each, rest = divmod(num_seeds, count)
+        if rest:
+            raise UserError(
+                f"num_seeds is {num_seeds}, it must be a multiple of {count}, the number of processes, or "
+                f"data_parallel must be {each * count}, so that a seed uses the devices of all of them"
+            )
+        return devices[:, : data * _divisor(seeds_each, each // data)].ravel()
+    shards, rest = divmod(devices.size, data)
+    if rest or not shards or num_seeds % shards:
+        raise UserError(
+            f"data_parallel is {data}, but there are {devices.size} devices ({count} process(es) with "
+            f"{each}) for {num_seeds} seed(s): it must divide the number of devices, and what is left "
+            f"of them must divide the seeds"
+        )
+    return devices.ravel()
 
 
 def one_seed(function: Callable[..., Any], shared: tuple[int, ...]) -> Callable[..., Any]:

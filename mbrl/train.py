@@ -24,6 +24,7 @@ from mbrl.envs.pool import HostPool
 from mbrl.errors import UserError
 from mbrl.interruption import Interrupted, Interruption
 from mbrl.logger import Logger, Progress, read_metrics, results_table
+from mbrl.processes import agree
 from mbrl.programs import EVALUATE, Clock, LoopConfig, Programs, RunState, make_programs, stream
 from mbrl.replay import Replay
 from mbrl.run_folder import RunFolder
@@ -120,7 +121,7 @@ def train(
             monitor.add(frames, updates, metrics, ended, driver.faults())
             close = clock.total - iteration < due["evaluate"] // 2  # the final evaluation says it all
             evaluating = end or (learning and not close and iteration % due["evaluate"] == 0)
-            scheduled, stop = end or iteration % due["save"] == 0, interruption.number
+            scheduled, stop = end or iteration % due["save"] == 0, agree(interruption.number or 0)
             if scheduled or evaluating or iteration % due["log"] == 0:
                 monitor.request(timer.seconds["train"])
             if evaluating:
@@ -188,7 +189,7 @@ class Monitor:
         self.returns = np.full(len(seeds), np.nan)  # of the latest episodes
         self.frozen = np.zeros(len(seeds), bool)
         self._news: list[int] = []  # positions of seeds that froze and were not asked for yet
-        self.faults = np.zeros(len(seeds), int)  # of environments, since the start of this process
+        self.faults = np.zeros(len(seeds.own), int)  # of environments, since the start of this process
         self.now: tuple[int, int, Any] = (0, 0, None)  # frames, updates, metrics
         self.ended: list[Episodes] = []
         self.due: tuple[Any, ...] | None = None
@@ -212,12 +213,13 @@ class Monitor:
 
     def pending(self) -> dict[str, list[float]]:
         """Episodes that the next row will count, JSON-like, for a checkpoint between two rows."""
-        count, total = _total(self.ended) if self.ended else (np.zeros(0), np.zeros(0))
+        count, total = self._total(self.ended) if self.ended else (np.zeros(0), np.zeros(0))
         return {"count": count.tolist(), "returns": total.tolist()}
 
     def set_pending(self, pending: dict[str, list[float]]) -> None:
         count, total = np.array(pending["count"], int), np.array(pending["returns"], np.float32)
-        self.ended = [Episodes(count, total)] if count.size else []
+        own = slice(self.seeds.own.start, self.seeds.own.stop)
+        self.ended = [Episodes(count[own], total[own])] if count.size else []
 
     def request(self, train_seconds: float) -> None:
         """Asks for a row of the latest iteration."""
@@ -230,14 +232,24 @@ class Monitor:
             return
         frames, updates, metrics, ended, train_seconds = self.due
         self.due = None
-        count, total = _total(ended)
+        count, total = self._total(ended)
         episode_return = np.where(count > 0, total / np.maximum(count, 1), np.nan)
         self.returns = np.where(count > 0, episode_return, self.returns)
-        values = {name: np.asarray(value, np.float64) for name, value in (metrics or {}).items()}
+        fetched = self.seeds.fetch(metrics or {})
+        values = {name: np.asarray(value, np.float64) for name, value in fetched.items()}
         values |= {"episode_return": episode_return, "episodes": count, "updates": updates}
-        values |= {"env_faults": self.faults} if self.faults.any() else {}
+        faults = self.seeds.fetch(self.faults)
+        values |= {"env_faults": faults} if faults.any() else {}
         self.logger.log(frames, values | {"time/train": train_seconds})
         self._report_frozen(frames, values.get("frozen", self.frozen) > 0)
+
+    def _total(self, ended: list[Episodes]) -> tuple[np.ndarray, np.ndarray]:
+        """Number and summed return of episodes [S], added one after the other: a resumed run adds the
+        same."""
+        ended = [self.seeds.fetch_own(e) for e in ended]
+        count = np.asarray(sum(e.count for e in ended))
+        total = np.asarray(sum((e.returns.astype(np.float32) for e in ended), np.float32(0)))
+        return self.seeds.fetch((count, total))
 
     def _report_frozen(self, frames: int, frozen) -> None:
         for i in np.flatnonzero(frozen & ~self.frozen):
@@ -247,13 +259,6 @@ class Monitor:
             )
             self._news.append(int(i))
         self.frozen = np.asarray(frozen)
-
-
-def _total(ended: list[Episodes]) -> tuple[np.ndarray, np.ndarray]:
-    """Number and summed return of episodes [S], added one after the other: a resumed run adds the same."""
-    count = sum(np.asarray(e.count) for e in ended)
-    total = sum((np.asarray(e.returns, np.float32) for e in ended), np.float32(0))
-    return np.asarray(count), np.asarray(total)
 
 
 def _farewell(folder: RunFolder, frames: int, saved: bool) -> str:

@@ -3,7 +3,11 @@ the loop."""
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -67,6 +71,24 @@ TDMPC_MODEL = TDMPCModelConfig(
 )
 FRAMES = 8
 """Frames of one iteration: 4 rows of 2 environments."""
+TINY = """
+    --preset xs --loop.num-envs 2 --loop.prefill 64 --loop.batch-size 4 --loop.batch-length 8
+    --loop.train-ratio 8 --loop.collect-steps 8 --loop.eval-episodes 2 --agent.imag-starts 4
+    --agent.horizon 3 --task pendulum --num-seeds 2 --seed 5 --steps 600
+""".split()  # noqa: SIM905
+"""Flags of a whole run of `experiments/dreamer_dmc.py` in seconds."""
+
+
+def script(name: str) -> Callable[..., None]:
+    """``main(argv)`` of an experiment, run in this process."""
+    spec = importlib.util.spec_from_file_location(
+        name, Path(__file__).parents[1] / "experiments" / f"{name}.py"
+    )
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # its annotations are looked up there
+    spec.loader.exec_module(module)
+    return module.main
 
 
 def tiny_run(source: Source, seeds: Seeds, iterations: int = 100, agent: Any = None, **loop: Any) -> Run:
@@ -101,7 +123,7 @@ def tiny_tdmpc_run(source: Source, seeds: Seeds) -> Run:
 def on_one_device(*seeds: int, loop: bool = False) -> Seeds:
     """These seeds, all on one device: the seed axis is a vmap (as on an accelerator), or a loop (as on a CPU),
     and nothing else."""
-    return Seeds(seeds, Mesh(np.array(jax.devices()[:1]), ("seed",)), loop)
+    return Seeds(seeds, Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("seed", "data")), loop)
 
 
 def one_seed(tree: Any, index: int) -> Any:

@@ -1,19 +1,66 @@
-"""The example of docs/world_models.md runs as it is printed there."""
+"""The site builds without a warning; the example of docs/world_models.md is a world model."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import logging
 import re
+import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from mbrl.config import field_docs
 from mbrl.types import ArraySpec, EnvSpec, Trajectory
 
-PAGE = Path(__file__).parents[2] / "docs" / "world_models.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "world_models.md"
 T, B = 5, 2
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The whole site, built as `make docs` does: strict, so a broken link or anchor is an error."""
+    pytest.importorskip("material", reason="the extra docs is not installed")
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    folder = tmp_path_factory.mktemp("site")
+    logging.getLogger("mkdocs").setLevel(logging.WARNING)
+    build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder)))
+    return folder
+
+
+def test_every_page_is_in_the_navigation(site):
+    nav = (ROOT / "mkdocs.yml").read_text()
+    missing = [page.name for page in ROOT.glob("docs/*.md") if f": {page.name}\n" not in nav]
+    assert not missing, f"mkdocs.yml must name them under nav: {missing}"
+
+
+def test_nothing_is_loaded_from_the_network(site):
+    """Links may lead elsewhere; scripts, styles, fonts and pictures are files of the site."""
+    for page in site.rglob("*.html"):
+        text = page.read_text()
+        found = re.findall(r"<(?:script|img|iframe)[^>]*src=\W?(?:https?:)?//[^>]*>", text)
+        found += re.findall(r"<link[^>]*(?:stylesheet|preconnect|icon)[^>]*href=\W?https?:[^>]*>", text)
+        found += re.findall(r"class=.?mermaid", text)  # the theme would fetch its renderer
+        assert not found, (page.name, found[:3])
+
+
+def test_every_field_of_every_config_is_explained(site):
+    """With a docstring, and a row on the configuration page."""
+    page = (site / "configuration.html").read_text()
+    found = {config for _, config in sys.modules["docs/build.py"].configs()}
+    assert len(found) > 15
+    for config in found:
+        docs = field_docs(config)
+        for field in dataclasses.fields(config):
+            assert field.name in docs or dataclasses.is_dataclass(field.default_factory), (config, field.name)
+            assert f"<code>{field.name}</code>" in page
 
 
 def test_world_model_in_one_file(tmp_path, monkeypatch):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import jax
@@ -17,23 +15,7 @@ from mbrl.drivers import Source
 from mbrl.errors import UserError
 from mbrl.programs import RunState
 from mbrl.seeds import Seeds
-from tests.helpers import assert_same, one_seed, tiny_tdmpc_run
-
-ROOT = Path(__file__).parents[2]
-TINY = """
-    --preset xs --loop.num-envs 2 --loop.prefill 64 --loop.batch-size 4 --loop.batch-length 8
-    --loop.train-ratio 8 --loop.collect-steps 8 --loop.eval-episodes 2 --agent.imag-starts 4
-    --agent.horizon 3 --task pendulum --num-seeds 2 --seed 5 --steps 600
-""".split()  # noqa: SIM905
-
-
-def script(name: str):
-    """``main(argv)`` of an experiment, run in this process."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its annotations are looked up there
-    spec.loader.exec_module(module)
-    return module.main
+from tests.helpers import TINY, assert_same, one_seed, script, tiny_tdmpc_run
 
 
 @pytest.fixture(scope="module")

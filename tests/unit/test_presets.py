@@ -11,7 +11,7 @@ from mbrl import envs
 from mbrl.agents import dreamer
 from mbrl.agents.dreamer import DreamerConfig
 from mbrl.config import config_type, load_factory, override
-from mbrl.presets import DREAMER, MEMORY
+from mbrl.presets import ABOUT, DREAMER, MEMORY, TDMPC
 from mbrl.probing import ProbeConfig
 from mbrl.programs import LoopConfig, make_clock
 from mbrl.types import ArraySpec, EnvSpec
@@ -125,3 +125,16 @@ def test_published_settings(name):
     assert (optimiser.name, optimiser.learning_rate, optimiser.warmup) == ("laprop", 4e-5, 1000)
     assert (optimiser.decay, optimiser.agc, optimiser.eps) == ("constant", 0.3, 1e-20)
     assert (optimiser.beta1, optimiser.beta2, optimiser.weight_decay) == (0.9, 0.999, 0.0)
+
+
+def test_every_preset_is_described():
+    """``python -m mbrl presets`` has a line for each, with its true size."""
+    assert {name: list(rows) for name, rows in ABOUT.items()} == {
+        "DreamerV3": list(DREAMER),
+        "TD-MPC2": list(TDMPC),
+    }
+    for name, about in ABOUT["DreamerV3"].items():
+        number, unit = about.parameters.split()
+        assert float(number) * {"k": 1e3, "M": 1e6}[unit] == pytest.approx(
+            count(shapes(name).params), rel=0.1
+        )
