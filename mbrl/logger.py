@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -119,7 +120,7 @@ class Logger:
         end = os.fstat(file.fileno()).st_size
         try:
             if file.write(data) != len(data):
-                raise OSError(0, "no space left for all of it")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             os.ftruncate(file.fileno(), end)
             self._warn(file.name, error)
