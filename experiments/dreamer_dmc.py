@@ -18,6 +18,7 @@ from mbrl.agents import dreamer
 from mbrl.agents.dreamer import DreamerConfig
 from mbrl.agents.planning import assemble, default_search
 from mbrl.config import choose, config_type, load_factory, override, run_main
+from mbrl.envs.pixels import CAMERA
 from mbrl.experiment import Experiment, execute, parse
 from mbrl.latent_model import LatentConfig
 from mbrl.planning import PlanConfig, RuleConfig
@@ -59,6 +60,7 @@ def default_config(preset: str, world_model: str, planner: str) -> Config:
         search=default_search(planner, planners.REGISTRY),
         agent=override(DreamerConfig(), agent | {"optimiser": values["optimiser"]}),
         loop=override(LoopConfig(), values["loop"]),
+        camera=override(CAMERA, values.get("camera", {})),
     )
 
 

@@ -19,7 +19,7 @@ import planners
 from mbrl import envs
 from mbrl.config import choose, config_type, early_flags, load_factory, override, parse_flags, run_main
 from mbrl.errors import check_at_least
-from mbrl.planning import PlanConfig, RuleConfig, make_objective, make_planner
+from mbrl.planning import PlanConfig, RuleConfig, make_planner, plan_objective
 from mbrl.seeds import Seeds, use_compilation_cache, use_cpu_devices
 from mbrl.true_model import control, simulator_of_env
 
@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
     use_compilation_cache()
 
     def episodes(key):
-        objective = make_objective(config.discount)
+        objective = plan_objective(config.plan, "eval", config.discount)
         return control(env, planner, objective, key, config.num_envs, steps, config.warm_start)[0].sum(0)
 
     keys = seeds.keys()

@@ -15,6 +15,7 @@ from mbrl.agents import tdmpc
 from mbrl.agents.planning import assemble, default_search
 from mbrl.agents.tdmpc import TDMPCConfig
 from mbrl.config import choose, override, run_main
+from mbrl.envs.pixels import CameraConfig
 from mbrl.experiment import Experiment, execute, parse
 from mbrl.planning import PlanConfig, RuleConfig
 from mbrl.presets import TDMPC as PRESETS
@@ -50,6 +51,7 @@ def default_config(preset: str, planner: str) -> Config:
         model=override(TDMPCModelConfig(), values["model"]),
         agent=override(TDMPCConfig(), values["agent"]),
         loop=override(LoopConfig(), values["loop"]),
+        camera=CameraConfig(frame_stack=3),
     )
 
 

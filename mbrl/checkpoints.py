@@ -3,9 +3,11 @@
 One directory per step, ``checkpoints/000000012000/``: ``state/`` (orbax; the pytree), ``extra.npz`` (states
 of host environments), and ``manifest.json`` with the schema version, path, shape and dtype of every leaf and
 the sha256 of every file. All of it is written in ``checkpoints/.saving``, the manifest last, and renamed when
-complete: a directory with a step's name is a finished checkpoint, whatever killed the process. Of a run of
-several processes each writes its part of the arrays, and the first one all else, into a folder that they
-share; any number of processes and devices can read it.
+complete: a directory with a step's name is a finished checkpoint, whatever killed the process. Rows of replay
+are in ``checkpoints/rows/``, which all checkpoints of a run share (`mbrl.segments`); stored latents, which
+training rewrites everywhere, are in ``state/``. Of a run of several processes each writes its part of all
+arrays into ``state/``, rows among them, and the first one all else, in a folder that they share; any number
+of processes and devices can read it.
 """
 
 from __future__ import annotations
@@ -27,20 +29,25 @@ import numpy as np
 
 from mbrl.errors import UserError
 from mbrl.processes import all_do, leads
+from mbrl.replay import ReplayState
 from mbrl.run_folder import jsonable, sync_directory, write_atomic
+from mbrl.segments import Segment, extend, fill, remove_others
 
-SCHEMA = 2  # 2: episodes between two rows of metrics
+SCHEMA = 3  # 2: episodes between two rows of metrics; 3: rows of replay in files of their own
+READABLE = (2, 3)
 MANIFEST = "manifest.json"
 
 
 class Restored(NamedTuple):
     """step: simulator frames (whatever ``save`` was told). state: pytree like ``like``. extra: host arrays.
-    meta: what ``save`` was given, after a round trip through JSON (tuples are lists)."""
+    meta: what ``save`` was given, after a round trip through JSON (tuples are lists). segments: for ``save``
+    of the run that goes on."""
 
     step: int
     state: Any
     extra: dict[str, np.ndarray]
     meta: dict[str, Any]
+    segments: list[Segment]
 
 
 class Damaged(Exception):
@@ -54,13 +61,15 @@ def save(
     extra: dict[str, np.ndarray] | None = None,
     meta: dict[str, Any] | None = None,
     keep: int = 2,
+    segments: list[Segment] | None = None,
 ) -> bool:
     """Write the checkpoint of ``step`` and delete all but the newest ``keep``. True when it was written.
 
     folder: the directory of all checkpoints (``RunFolder.checkpoints``). state: pytree of jax or numpy arrays
     of any dtype, typed PRNG keys included; it is on disk when this returns, so its buffers may be donated.
     extra: numpy arrays by name, no object arrays. meta: JSON-like. An existing checkpoint of the same step is
-    replaced.
+    replaced. segments: of this run so far, [] at its start and `Restored.segments` when it is resumed; it is
+    brought up to date. Without it all rows of replay are written.
 
     When the disk is full or another write fails: one warning, False, and the older checkpoints stay as they
     were, so the run can go on. Raises TypeError for a leaf or extra that is not an array, ValueError for
@@ -69,10 +78,12 @@ def save(
     if keep < 1:
         raise ValueError(f"keep must be at least 1, found {keep}")
     folder = Path(folder).absolute()
-    leaves = [_plain(path, leaf) for path, leaf in _flatten(state)]
     table = [_describe(path, leaf) for path, leaf in _flatten(state)]
+    leaves = {f"{i:05d}": _plain(path, leaf) for i, (path, leaf) in enumerate(_flatten(state))}
+    rings, inserted, capacity = _rings(state, table)
     extra = {name: _host_array(name, array) for name, array in (extra or {}).items()}
     body = {"schema": SCHEMA, "step": int(step), "meta": jsonable(meta or {}), "leaves": table}
+    known, rows = [] if segments is None else segments, {name: leaves.pop(name) for name in rings}
     target, saving = folder / f"{step:012d}", folder / ".saving"
 
     def prepare() -> None:
@@ -80,6 +91,8 @@ def save(
         saving.mkdir(parents=True)
 
     def complete() -> None:
+        found = extend(folder, known, rows, inserted, capacity) if rows else []
+        body["rows"] = {"leaves": list(rows), "inserted": inserted, "segments": [s._asdict() for s in found]}
         # Orbax notes the absolute path in it, and run folders are moved and shared.
         (saving / "state" / "commit_success.txt").write_text("")
         with open(saving / "extra.npz", "wb") as file:
@@ -91,6 +104,7 @@ def save(
             _remove(target)
         os.rename(saving, target)
         sync_directory(folder)
+        known[:] = found
 
     try:
         all_do(prepare, leader_only=True)
@@ -106,6 +120,7 @@ def save(
     # Later steps are damaged ones that a resumed run has not reached again: they do not count as kept.
     for old in [found for found in steps(folder) if found <= step][:-keep]:
         _remove(folder / f"{old:012d}")
+    remove_others(folder, (segment for other in steps(folder) for segment in _segments_of(folder, other)))
     return True
 
 
@@ -128,29 +143,30 @@ def restore(folder: str | os.PathLike, like: Any, part: str = "") -> Restored:
     the next older one is read. Raises UserError when none is left, when it was written by a newer release, or
     when a leaf is missing, unknown, or of another shape or dtype than in ``like``: nothing is ever cast.
     """
-    return _read(*_newest(folder), like, part)
+    return _read(*_newest(folder, (part,)), like, part)
 
 
 def read_arrays(folder: str | os.PathLike, *parts: str) -> tuple[int, dict[str, np.ndarray]]:
     """(step, {path: array}) of the leaves below some paths of the newest undamaged checkpoint, whatever
     program wrote it; for arrays of numbers, not for typed keys. Raises UserError as `restore` does.
     """
-    directory, body = _newest(folder)
+    directory, body = _newest(folder, parts)
     below = tuple(f"{part}{end}" for part in parts for end in ".[")
     wanted = lambda path: path in parts or path.startswith(below)
     found = {i: leaf for i, leaf in enumerate(body["leaves"]) if wanted(leaf["path"])}
     targets = [jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"]) for leaf in found.values()]
-    arrays = _read_arrays(directory / "state", list(found), targets)
+    arrays = _read_leaves(directory, body, dict(zip(found, targets)))
     return body["step"], {leaf["path"]: np.asarray(x) for leaf, x in zip(found.values(), arrays)}
 
 
-def _newest(folder: str | os.PathLike) -> tuple[Path, dict[str, Any]]:
-    """Directory and manifest of the newest undamaged checkpoint; one warning for each damaged one."""
+def _newest(folder: str | os.PathLike, parts: tuple[str, ...]) -> tuple[Path, dict[str, Any]]:
+    """Directory and manifest of the newest checkpoint of which these parts are undamaged; one warning for
+    each damaged one."""
     folder = Path(folder).absolute()
     found = steps(folder)
     for step in reversed(found):
         try:
-            return folder / f"{step:012d}", _verified(folder / f"{step:012d}")
+            return folder / f"{step:012d}", _verified(folder / f"{step:012d}", parts)
         except Damaged as damage:
             warnings.warn(f"checkpoint of step {step} is skipped: {damage}", RuntimeWarning, stacklevel=3)
     what = f"none of its {len(found)} checkpoints is intact" if found else "it holds no checkpoint"
@@ -165,7 +181,7 @@ def _read(directory: Path, body: dict[str, Any], like: Any, part: str) -> Restor
     ]
     stored = [body["leaves"][i] for i in numbers]
     _check_same(directory, stored, [_describe(part + path, leaf) for path, leaf in wanted])
-    arrays = _read_arrays(directory / "state", numbers, [_target(leaf) for _, leaf in wanted])
+    arrays = _read_leaves(directory, body, {i: _target(leaf) for i, (_, leaf) in zip(numbers, wanted)})
     leaves = [_typed(array, leaf) for array, (_, leaf) in zip(arrays, wanted, strict=True)]
     try:
         with np.load(directory / "extra.npz", allow_pickle=False) as file:
@@ -173,7 +189,7 @@ def _read(directory: Path, body: dict[str, Any], like: Any, part: str) -> Restor
     except ValueError:  # its bytes are what the manifest says, so it was written so
         raise UserError(f"{directory / 'extra.npz'} holds Python objects, which are never loaded") from None
     state = jax.tree.unflatten(jax.tree.structure(like), leaves)
-    return Restored(body["step"], state, extra, body["meta"])
+    return Restored(body["step"], state, extra, body["meta"], _segments(body))
 
 
 # Leaves. A typed key travels as the uint32 data inside it; its implementation is part of the dtype's name.
@@ -258,32 +274,49 @@ def _checkpointer():
         log.setLevel(level)
 
 
-def _write_arrays(path: Path, leaves: list[Any]) -> None:
-    item = {f"{i:05d}": leaf for i, leaf in enumerate(leaves) if np.size(leaf)}
+def _write_arrays(path: Path, leaves: dict[str, Any]) -> None:
+    item = {name: leaf for name, leaf in leaves.items() if np.size(leaf)}
     with _checkpointer() as (ocp, checkpointer):
         checkpointer.save(path, args=ocp.args.PyTreeSave(item))
 
 
-def _read_arrays(path: Path, numbers: list[int], targets: list[jax.ShapeDtypeStruct]) -> list[jax.Array]:
-    """The leaves with these numbers, all or some of those that were saved."""
-    item = {f"{i:05d}": target for i, target in zip(numbers, targets, strict=True) if target.size}
-    with _checkpointer() as (ocp, checkpointer):
-        how = {
-            name: ocp.RestoreArgs(restore_type=np.ndarray)
-            if target.sharding is None
-            else ocp.ArrayRestoreArgs(sharding=target.sharding)
-            for name, target in item.items()
-        }
-        what = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
-        read = checkpointer.restore(path, args=what)
-    arrays = []
-    for i, target in zip(numbers, targets, strict=True):
-        array = read.pop(f"{i:05d}") if target.size else np.zeros(target.shape, target.dtype)
-        if not isinstance(array, jax.Array):
-            # A copy: on a CPU device_put may keep NumPy's memory, which cannot be donated.
-            array = jnp.array(array, copy=True)
-        arrays.append(array if target.sharding is None else jax.device_put(array, target.sharding))
-    return arrays
+def _read_leaves(directory: Path, body: dict[str, Any], targets: dict[int, Any]) -> list[Any]:
+    """The leaves with these numbers, all or some of those that were saved, like their targets."""
+    rows = body.get("rows", {"leaves": []})
+    names = [name for name in rows["leaves"] if int(name) in targets]
+    rings = {name: np.zeros(targets[int(name)].shape, targets[int(name)].dtype) for name in names}
+    if rings:
+        fill(directory.parent, _segments(body), rings, rows["inserted"], targets[int(names[0])].shape[1])
+    rest = {f"{i:05d}": target for i, target in targets.items() if f"{i:05d}" not in rings}
+    read = rings | _read_arrays(directory / "state", rest)
+    return [_placed(read.pop(f"{i:05d}"), target) for i, target in targets.items()]
+
+
+def _read_arrays(path: Path, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    item = {name: target for name, target in targets.items() if target.size}
+    read = {}
+    if item:
+        with _checkpointer() as (ocp, checkpointer):
+            how = {
+                name: ocp.RestoreArgs(restore_type=np.ndarray)
+                if target.sharding is None
+                else ocp.ArrayRestoreArgs(sharding=target.sharding)
+                for name, target in item.items()
+            }
+            what = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
+            read = checkpointer.restore(path, args=what)
+    empty = {name: np.zeros(x.shape, x.dtype) for name, x in targets.items() if not x.size}
+    return {**read, **empty}
+
+
+def _placed(array: Any, target: jax.ShapeDtypeStruct) -> jax.Array:
+    if isinstance(array, jax.Array):
+        return array if target.sharding is None else jax.device_put(array, target.sharding)
+    # Copies: on a CPU device_put may keep NumPy's memory, which cannot be donated.
+    if target.sharding is None:
+        return jnp.array(array, copy=True)
+    part = lambda index: jnp.array(array[index], copy=True)
+    return jax.make_array_from_callback(target.shape, target.sharding, part)
 
 
 def _host_array(name: str, array: Any) -> np.ndarray:
@@ -291,6 +324,40 @@ def _host_array(name: str, array: Any) -> np.ndarray:
     if array.dtype.hasobject or array.dtype.kind == "V":  # bfloat16 is "V": npz would lose its type
         raise TypeError(f"extra[{name!r}] must be a plain numeric or string array, found dtype {array.dtype}")
     return array
+
+
+# Rows of replay.
+
+
+def _rings(state: Any, table: list[dict[str, Any]]) -> tuple[list[str], int, int]:
+    """(numbers of the leaves that are rings of rows written once, rows ever written, capacity)."""
+    replay = getattr(state, "replay", None)
+    if not isinstance(replay, ReplayState) or jax.process_count() > 1:
+        return [], 0, 0
+    inserted = np.unique(np.asarray(replay.inserted))
+    if len(inserted) != 1:
+        raise ValueError(f"all seeds must have written equally many rows, found {inserted.tolist()}")
+    latents = ".replay.data.latent"
+    rings = [
+        f"{i:05d}"
+        for i, leaf in enumerate(table)
+        if leaf["path"].startswith(".replay.data.")
+        and not leaf["path"].startswith(latents)
+        and np.prod(leaf["shape"])
+    ]
+    return rings, int(inserted[0]), replay.data.reward.shape[1]
+
+
+def _segments(body: dict[str, Any]) -> list[Segment]:
+    return [Segment(**segment) for segment in body.get("rows", {"segments": []})["segments"]]
+
+
+def _segments_of(folder: Path, step: int) -> list[Segment]:
+    """What a checkpoint needs; nothing where its manifest cannot be read, as nobody can restore it."""
+    try:
+        return _segments(_manifest(folder / f"{step:012d}"))
+    except Damaged:
+        return []
 
 
 # Integrity.
@@ -312,9 +379,8 @@ def _seal(body: dict[str, Any]) -> bytes:
     return json.dumps({**body, "sha256": digest}, indent=1).encode()
 
 
-def _verified(directory: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint of which every byte is as written; raises Damaged, or UserError for a
-    schema of a newer release."""
+def _manifest(directory: Path) -> dict[str, Any]:
+    """The manifest as it was written; raises Damaged where it was not written so."""
     try:
         body = json.loads((directory / MANIFEST).read_bytes())
         digest = body.pop("sha256")
@@ -325,13 +391,22 @@ def _verified(directory: Path) -> dict[str, Any]:
         raise Damaged(f"{directory / MANIFEST} cannot be read ({type(error).__name__})") from None
     if not intact:
         raise Damaged(f"{directory / MANIFEST} was altered")
-    if body["schema"] != SCHEMA:
+    return body
+
+
+def _verified(directory: Path, parts: tuple[str, ...]) -> dict[str, Any]:
+    """The manifest of a checkpoint of which every byte is as written; raises Damaged, or UserError for a
+    schema of a newer release. Rows of replay are read only where one of ``parts`` includes them."""
+    body = _manifest(directory)
+    if body["schema"] not in READABLE:
         raise UserError(
             f"{directory / MANIFEST} has schema {body['schema']}, this release reads schema {SCHEMA}: "
             "resume with the release that wrote it"
         )
-    for name, expected in body["files"].items():
-        path = directory / name
+    files = {directory / name: digest for name, digest in body["files"].items()}
+    if any(".replay".startswith(part) or part.startswith(".replay") for part in parts):
+        files |= {directory.parent / segment.file: segment.sha256 for segment in _segments(body)}
+    for path, expected in files.items():
         if not path.is_file():
             raise Damaged(f"{path} is missing")
         try:

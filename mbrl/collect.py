@@ -20,13 +20,15 @@ from mbrl.types import Agent, Array, EnvSpec, JaxEnv, TimeStep, Transition
 
 class EnvCarry(NamedTuple):
     """Where every environment of a seed stands, [E, ...]. env: state of JAX environments, () on the host;
-    episode_return: sum of rewards so far."""
+    episode_return: sum of rewards so far; fresh: states and time steps to reset to where `JaxEnv` says that a
+    reset is costly, else ()."""
 
     env: Any
     timestep: TimeStep
     is_first: Any
     action: Any
     episode_return: Any
+    fresh: Any = ()
 
 
 class Episodes(NamedTuple):
@@ -59,14 +61,29 @@ def _finish(carry: EnvCarry, xp) -> Episodes:
 
 def init_device(env: JaxEnv, num_envs: int, key: Array) -> EnvCarry:
     """Freshly reset JAX environments of one seed."""
-    state, timestep = jax.vmap(env.reset)(jax.random.split(key, num_envs))
+    count = num_envs * (1 + env.costly_reset)
+    drawn = jax.vmap(env.reset)(jax.random.split(key, count))
+    state, timestep = jax.tree.map(lambda x: x[:num_envs], drawn)
     return EnvCarry(
         state,
         timestep,
         jnp.ones(num_envs, bool),
         jnp.zeros((num_envs, env.spec.action.size)),
         jnp.zeros(num_envs),
+        jax.tree.map(lambda x: x[num_envs:], drawn) if env.costly_reset else (),
     )
+
+
+def renew(env: JaxEnv, carry: EnvCarry, key: Array, rows: int, iteration: Array) -> EnvCarry:
+    """Draws the states to reset to anew in the iterations (of ``rows`` steps) in which the clock passes a
+    multiple of an episode's length. Where no episode ends before its time limit, each is used once."""
+    if not env.costly_reset:
+        return carry
+    length = (env.spec.max_steps or 1000) + 1  # a reset takes a row
+    due = iteration * rows // length > (iteration - 1) * rows // length
+    # The clock is the same for all seeds, so this stays a branch under vmap.
+    draw = lambda: jax.vmap(env.reset)(jax.random.split(key, carry.is_first.shape[0]))
+    return carry._replace(fresh=jax.lax.cond(due & (iteration > 0), draw, lambda: carry.fresh))
 
 
 def collect_device(
@@ -79,9 +96,9 @@ def collect_device(
     """
     num_envs = carry.is_first.shape[0]
 
-    def one(state, action, reset_now, key):
+    def one(state, action, reset_now, fresh, key):
         reset_key, step_key = jax.random.split(key)
-        fresh, stepped = env.reset(reset_key), env.step(state, action, step_key)
+        fresh, stepped = fresh or env.reset(reset_key), env.step(state, action, step_key)
         return jax.tree.map(lambda a, b: jnp.where(reset_now, a, b), fresh, stepped)
 
     def body(loop, key):
@@ -93,13 +110,16 @@ def collect_device(
             action = random_action(random_key, env.spec, num_envs)
             actor = actor._replace(action=action)
         row, episodes, ended = make_row(carry, info["latent"]), _finish(carry, jnp), carry.timestep.is_last
-        state, timestep = jax.vmap(one)(carry.env, action, ended, jax.random.split(env_key, num_envs))
+        keys = jax.random.split(env_key, num_envs)
+        state, timestep = jax.vmap(one)(carry.env, action, ended, carry.fresh, keys)
         carry = EnvCarry(
             state,
             timestep,
             ended,
             jnp.where(ended[:, None], 0.0, action),
             jnp.where(ended, 0.0, carry.episode_return) + timestep.reward,
+            # Turned by one, so that an environment that soon ends again starts elsewhere.
+            jax.tree.map(lambda x: jnp.roll(x, 1, 0), carry.fresh),
         )
         return (actor, carry), (row, episodes)
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mbrl import checkpoints
-from mbrl.drivers import make_source
+from mbrl.drivers import stored_source
 from mbrl.errors import UserError
 from mbrl.run_folder import RunFolder, write_atomic, write_json
 from mbrl.types import ArraySpec, EnvSpec, Trajectory
@@ -50,7 +50,7 @@ def from_run(run_dir: str | os.PathLike) -> Dataset:
         ".replay.inserted",
     )
     config = stored["config"]
-    spec = make_source(config["task"], config["loop"]["action_repeat"]).spec
+    spec = stored_source(config).spec
     inserted = arrays.pop(".replay.inserted")
     rows: dict[str, Any] = {path.removeprefix(".replay.data."): x for path, x in arrays.items()}
     data = Trajectory(obs={k: rows[f"obs[{k!r}]"] for k in spec.obs}, **{k: rows[k] for k in _FIELDS})

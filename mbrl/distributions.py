@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from mbrl.errors import UserError, check_above, check_between
 from mbrl.networks import symexp, symlog
@@ -236,3 +236,17 @@ class SymlogMSE(NamedTuple):
 
     def loss(self, target: Float[Array, "*batch I"]) -> Float[Array, "*batch"]:
         return jnp.square(self.pred - symlog(sg(target).astype(jnp.float32))).sum(-1)
+
+
+class ImageMSE(NamedTuple):
+    """Point estimate of images [..., h, w, c], as brightness in [0, 1]; the loss sums squared errors over
+    pixels and channels."""
+
+    pred: Float[Array, "*batch h w c"]
+
+    def mode(self) -> Float[Array, "*batch h w c"]:
+        """In the range of bytes, [0, 255]."""
+        return 255 * self.pred
+
+    def loss(self, target: UInt8[Array, "*batch h w c"]) -> Float[Array, "*batch"]:
+        return jnp.square(self.pred - target.astype(jnp.float32) / 255).sum((-3, -2, -1))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mbrl import envs
 from mbrl.collect import HostCollector
+from mbrl.config import choose, override
+from mbrl.envs.pixels import CAMERA, CameraConfig, Shown
 from mbrl.envs.pool import HostPool
 from mbrl.envs.workers import WorkerPool
 from mbrl.errors import UserError, check_at_least
@@ -34,17 +36,46 @@ class Source(NamedTuple):
     make_host: Callable[[int], HostEnv] = _no_host
 
 
-def make_source(task: str, action_repeat: int) -> Source:
-    """The environment of the task, on the device or on the host. UserError for unknown names."""
+def make_source(
+    task: str,
+    action_repeat: int,
+    shown: Shown = "state",
+    camera: CameraConfig = CAMERA,
+    backend: str = "host",
+) -> Source:
+    """The environment of the task, on the device or on the host. shown: the state, what the camera sees, or
+    both. backend: of dm_control's tasks, host or mjx (on the device); others have no choice. UserError for
+    unknown names, and where nothing can be rendered."""
     check_at_least("loop.action_repeat", action_repeat, 1)
+    choose("env_backend", backend, ["host", "mjx"])
+    if backend == "mjx" and shown != "state":
+        raise UserError(f"--obs {shown} needs --env-backend host: nothing is rendered on the device by mjx")
+    make_host = partial(envs.make_host, task, action_repeat=action_repeat, shown=shown, camera=camera)
     try:
-        if envs.is_jax(task):
-            env = envs.make_jax(task)
+        if backend == "mjx":
+            from mbrl.envs import mjx
+
+            env = mjx.make(task, action_repeat)
             return Source(env.spec, env)
-        spec = envs.make_host(task, 0, action_repeat).spec
+        if envs.is_jax(task):
+            env = envs.make_jax(task, shown, camera)
+            return Source(env.spec, env)
+        env = make_host(seed=0)
+        if shown != "state":
+            env.reset()
+            env.close()
     except ValueError as error:
         raise UserError(f"--task: {error}") from None
-    return Source(spec, make_host=partial(envs.make_host, task, action_repeat=action_repeat))
+    except RuntimeError as error:
+        raise UserError(f"--obs {shown}: {error}") from None
+    return Source(env.spec, make_host=make_host)
+
+
+def stored_source(config: Mapping[str, Any]) -> Source:
+    """The environment of a run, from the config that it stored."""
+    camera = override(CAMERA, config.get("camera", {}))
+    shown, backend = config.get("obs", "state"), config.get("env_backend", "host")
+    return make_source(config["task"], config["loop"]["action_repeat"], shown, camera, backend)
 
 
 class DeviceDriver:

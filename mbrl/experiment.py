@@ -12,11 +12,13 @@ from typing import Any, TypeVar
 
 import jax
 
-from mbrl import processes
+from mbrl import open_loop, processes
 from mbrl.config import check_config, differences, early_flags, override, parse_flags
 from mbrl.drivers import make_source
+from mbrl.envs.pixels import CAMERA, CameraConfig, Shown
 from mbrl.errors import UserError
-from mbrl.finished import learned_by
+from mbrl.finished import learned_by, load
+from mbrl.images import is_image
 from mbrl.memory import check_memory
 from mbrl.processes import all_do, leads, one_voice
 from mbrl.programs import LoopConfig, make_clock
@@ -33,6 +35,12 @@ class Experiment:
     task: str = "cartpole_swingup"
     """A dm_control task by its usual name (walker_walk, cup_catch, ...), a JAX environment (pendulum,
     tmaze:20), gym:NAME of gymnasium, or module:function of your own."""
+    env_backend: str = "host"
+    """Where dm_control's tasks run: host, or mjx for those that MuJoCo MJX simulates on the device."""
+    obs: Shown = "state"
+    """What the agent sees: the state of the task, what a camera shows of it, or both."""
+    camera: CameraConfig = CAMERA
+    """Camera."""
     preset: str = "s"
     """Named settings that other flags override: those named by letters for a CPU, the others as published."""
     seed: int = 0
@@ -73,12 +81,8 @@ def parse(
     default(preset, **parts) -> config before flags. presets: their names. accelerator: the preset for one.
     parts: flags that decide which fields there are, by their default (world_model="rssm").
     """
-    early = early_flags(
-        argv,
-        **dict(preset=None, num_seeds=1, run_dir="", resume=False, data_parallel=1),
-        **dict(distributed=False, deterministic=False),
-        **parts,
-    )
+    defaults = dict(preset=None, num_seeds=1, run_dir="", resume=False, data_parallel=1, distributed=False)
+    early = early_flags(argv, **defaults, deterministic=False, obs="state", **parts)
     if early.deterministic:
         use_determinism()
     if early.distributed:
@@ -91,7 +95,8 @@ def parse(
         return resumed(argv, default, early, parts)
     if early.preset is None:
         cpu = jax.default_backend() == "cpu"
-        early.preset = "s" if cpu else accelerator
+        small = "s" if early.obs == "state" or "s_pixels" not in presets else "s_pixels"
+        early.preset = small if cpu else accelerator
         device = "this machine has no accelerator" if cpu else f"found {jax.devices()[0].device_kind}"
         print(f"preset {early.preset}: {device}; choose another with --preset {{{','.join(presets)}}}")
     config = default(early.preset, **{name: getattr(early, name) for name in parts})
@@ -145,7 +150,9 @@ def execute(
     check_config(config)
     if config.debug:
         use_debugging(config.num_seeds)
-    source = make_source(config.task, config.loop.action_repeat)
+    source = make_source(
+        config.task, config.loop.action_repeat, config.obs, config.camera, config.env_backend
+    )
     loop = dataclasses.replace(config.loop, action_repeat=source.spec.action_repeat)
     if loop.env_workers and source.env is not None:
         raise UserError(
@@ -209,6 +216,8 @@ def launch(
     with folder:
         print(f"{task}: {name}, run folder {folder.path}")
         summary = train(run, folder, resume, video, learned)
+        if any(map(is_image, run.source.spec.obs.values())) and jax.process_count() == 1:
+            open_loop.write(load(folder.path), summary["env_steps"])
         if leads():
             finish(folder, summary, task, f"{task}: {name}")
     return summary

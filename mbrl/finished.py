@@ -17,7 +17,7 @@ import numpy as np
 from mbrl import checkpoints, evaluation, video
 from mbrl.agents.planning import assemble, default_search
 from mbrl.config import choose, config_type, load_factory, override, resolve
-from mbrl.drivers import Source, make_pool, make_source
+from mbrl.drivers import Source, make_pool, stored_source
 from mbrl.errors import UserError, check_at_least
 from mbrl.imagination import rollout
 from mbrl.planning import PlanConfig
@@ -27,7 +27,8 @@ from mbrl.seeds import Seeds
 from mbrl.types import Agent, Array, PyTree, Starts, Trajectory, WorldModel
 
 # Import paths, not imports: parts of an agent load only when a run names them.
-AGENTS = {"dreamer": "mbrl.agents.dreamer", "tdmpc": "mbrl.agents.tdmpc"}
+AGENTS = {"dreamer": "mbrl.agents.dreamer", "tdmpc": "mbrl.agents.tdmpc", "pets": "mbrl.agents.pets"}
+ONLY_MODEL = {"tdmpc": "tdmpc", "pets": "ensemble"}  # of agents that have but one world model
 
 
 class Parts(NamedTuple):
@@ -50,7 +51,7 @@ def rebuild(stored: Mapping[str, Any]) -> Parts:
         if not isinstance(config.get("agent"), Mapping):
             raise UserError("this run trained no agent, so there is none to load")
         kind = choose("agent", stored.get("agent", "dreamer"), list(AGENTS))
-        name = config.get("world_model", kind)  # TD-MPC2 has one world model, of its own name
+        name = ONLY_MODEL.get(kind) or config["world_model"]
         factory = load_factory("world_model", name, resolve("world_models:REGISTRY"))
         agents = importlib.import_module(AGENTS[kind])
         planner = config.get("planner", "none")
@@ -62,7 +63,7 @@ def rebuild(stored: Mapping[str, Any]) -> Parts:
             plan=override(PlanConfig(), config.get("plan", {})),
         )
         loop = override(LoopConfig(), config["loop"])
-        source = make_source(config["task"], loop.action_repeat)
+        source = stored_source(config)
     except KeyError as error:
         raise UserError(f"config.json has no entry {error}, so the run cannot be rebuilt") from error
     model = factory(settings.model, source.spec)

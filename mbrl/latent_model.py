@@ -13,8 +13,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mbrl.distributions import Bernoulli, OneHot, SymlogMSE, check_bins, one_hot, two_hot
+from mbrl.distributions import Bernoulli, ImageMSE, OneHot, SymlogMSE, check_bins, one_hot, two_hot
 from mbrl.errors import check_at_least, check_between
+from mbrl.images import (
+    ImageDecoder,
+    ImageEncoder,
+    Stage,
+    centred,
+    check_decoder,
+    split_obs,
+    stack_images,
+    stacked_shape,
+    unstack_images,
+)
 from mbrl.losses import kl_losses
 from mbrl.networks import MAX_LAYERS, MLP, Linear, apply, flatten_obs
 from mbrl.types import Array, EnvSpec, Observed, Prediction, Starts, Trajectory, WorldModel, whole
@@ -36,6 +47,13 @@ class LatentConfig:
     """Layers of the decoder."""
     head_layers: int = 1
     """Layers of the reward and continue heads."""
+    image_depth: int = 64
+    """Channels of an image's first stage are twice this, of its last four times (depth)."""
+    image_stage: Stage = "conv"
+    """How a stage halves an image. conv: 5 x 5 convolution and 2 x 2 maximum (published). patch: one linear
+    layer of each 2 x 2 patch, which costs a CPU far less."""
+    image_blocks: int = 8
+    """Blocks of h that each draw their own channels of a decoded image (bspace); must divide h's width."""
     unimix: float = 0.01
     """Weight of the uniform mixed into every categorical latent."""
     free_nats: float = 1.0
@@ -53,7 +71,7 @@ class LatentConfig:
 class Backbone(NamedTuple):
     """The memory of a latent world model. ``token`` [..., E] is an encoded observation, ``z`` a sample.
 
-    init(key) -> params
+    init(key, token_size) -> params
     init_state(params, batch) -> state [batch]
     observe(params, state [B], token [T, B], action [T, B, A], is_first [T, B], keys [T])
         -> (state [B], Starts with states [T, B], posterior OneHot [T, B, S, C], prior OneHot [T, B, S, C])
@@ -61,7 +79,7 @@ class Backbone(NamedTuple):
     starts(params, state [B]) -> Starts
     imagine_init(params, starts, horizon) -> state
     imagine_step(params, ctx, state [...], action, key) -> state [...]
-    features(params, state [...]) -> [..., F]
+    features(params, state [...]) -> [..., F], of which the last S C are z
     feature_size: F. param_groups(), emit and storable as in `WorldModel`.
     """
 
@@ -80,7 +98,7 @@ class Backbone(NamedTuple):
 
 
 class Decoder(nn.Module):
-    """MLP on the features, then one linear output per observation key."""
+    """MLP on the features, then one linear output per vector observation."""
 
     layers: int
     units: int
@@ -92,9 +110,29 @@ class Decoder(nn.Module):
         return {key: Linear(size, name=key)(x) for key, size in self.sizes}
 
 
+def make_modules(config: LatentConfig, spec: EnvSpec, feature_size: int) -> dict[str, tuple[nn.Module, list]]:
+    """Encoders, decoders and heads by name, each with the shapes of its inputs. Images have modules of their
+    own, which read and draw all of them at once."""
+    c, (images, vectors) = config, split_obs(spec.obs)
+    sizes = {key: entry.size * (entry.classes or 1) for key, entry in vectors.items()}
+    stoch, modules = c.stoch * c.classes, {}
+    if vectors:
+        modules["encoder"] = MLP(c.encoder_layers, c.units), [(sum(sizes.values()),)]
+        modules["decoder"] = Decoder(c.decoder_layers, c.units, tuple(sizes.items())), [(feature_size,)]
+    modules["reward"] = MLP(c.head_layers, c.units, c.bins, outscale=0.0), [(feature_size,)]
+    modules["cont"] = MLP(c.head_layers, c.units, 1), [(feature_size,)]
+    if images:
+        shape = stacked_shape(images)
+        check_decoder(shape, c.image_depth, c.image_blocks, feature_size - stoch)
+        modules["image_encoder"] = ImageEncoder(c.image_depth, c.image_stage), [shape]
+        draw = ImageDecoder(shape, c.image_depth, c.units, c.image_blocks, c.image_stage)
+        modules["image_decoder"] = draw, [(feature_size - stoch,), (stoch,)]
+    return modules
+
+
 def make(config: LatentConfig, spec: EnvSpec, backbone: Backbone) -> WorldModel:
     """World model of ``backbone`` for the observations of ``spec`` (DreamerV3 section "World model")."""
-    for field in ("stoch", "classes", "units"):
+    for field in ("stoch", "classes", "units", "image_depth"):
         check_at_least(f"model.{field}", getattr(config, field), 1)
     for field in ("encoder_layers", "decoder_layers", "head_layers"):
         check_between(f"model.{field}", getattr(config, field), 1, MAX_LAYERS)
@@ -102,20 +140,19 @@ def make(config: LatentConfig, spec: EnvSpec, backbone: Backbone) -> WorldModel:
     check_between("model.discount", config.discount, 0, 1)
     check_bins("model", config.bins, config.bin_limit)
     dtype = jnp.dtype(config.dtype)
-    obs_size = sum(s.size * (s.classes or 1) for s in spec.obs.values())
-    sizes = tuple((k, s.size * (s.classes or 1)) for k, s in sorted(spec.obs.items()))
-    modules = {
-        "encoder": MLP(config.encoder_layers, config.units),
-        "decoder": Decoder(config.decoder_layers, config.units, sizes),
-        "reward": MLP(config.head_layers, config.units, config.bins, outscale=0.0),
-        "cont": MLP(config.head_layers, config.units, 1),
-    }
+    images, vectors = split_obs(spec.obs)
+    modules = make_modules(config, spec, backbone.feature_size)
 
-    def call(name, params, x):
-        return apply(modules[name], params[name], x.astype(dtype))
+    def call(name, params, *inputs):
+        return apply(modules[name][0], params[name], *(x.astype(dtype) for x in inputs))
 
     def encode(params, obs):
-        return call("encoder", params, flatten_obs(obs, spec.obs, dtype))
+        parts = []
+        if vectors:
+            parts.append(call("encoder", params, flatten_obs(obs, vectors, dtype)))
+        if images:
+            parts.append(call("image_encoder", params, centred(stack_images(obs, images))))
+        return jnp.concatenate(parts, -1)
 
     def reward_dist(params, features):
         return two_hot(call("reward", params, features), config.bin_limit)
@@ -124,31 +161,34 @@ def make(config: LatentConfig, spec: EnvSpec, backbone: Backbone) -> WorldModel:
         return Bernoulli(call("cont", params, features)[..., 0].astype(jnp.float32))
 
     def decode(params, features):
-        dists = {}
-        for key, out in call("decoder", params, features).items():
+        dists: dict[str, Any] = {}
+        for key, out in call("decoder", params, features).items() if vectors else ():
             entry, out = spec.obs[key], out.astype(jnp.float32)
             if entry.classes is None:
                 dists[key] = SymlogMSE(out)
             else:
                 dists[key] = one_hot(out.reshape(*out.shape[:-1], *entry.shape, entry.classes))
+        if images:
+            deter, stoch = jnp.split(features, [features.shape[-1] - config.stoch * config.classes], -1)
+            drawn = unstack_images(call("image_decoder", params, deter, stoch), images)
+            dists |= {key: ImageMSE(image) for key, image in drawn.items()}
         return dists
 
     def reconstruction(dist, target, entry):
         batch = target.shape[: target.ndim - len(entry.shape)]
-        if entry.classes is None:
+        if isinstance(dist, SymlogMSE):
             return dist.loss(target.reshape(*batch, entry.size))
         return dist.loss(target).reshape(*batch, -1).sum(-1)
 
     def init(key):
-        keys = dict(zip([*modules, "backbone"], jax.random.split(key, len(modules) + 1), strict=True))
-        features = jnp.zeros((1, backbone.feature_size), dtype)
+        keys = jax.random.split(key, len(modules) + 1)
         params = {
-            name: module.init(keys[name], jnp.zeros((1, obs_size), dtype) if name == "encoder" else features)[
-                "params"
-            ]
-            for name, module in modules.items()
+            name: module.init(k, *(jnp.zeros((1, *shape), dtype) for shape in shapes))["params"]
+            for (name, (module, shapes)), k in zip(modules.items(), keys[:-1], strict=True)
         }
-        return {**params, "backbone": backbone.init(keys["backbone"])}
+        obs = {k: jnp.zeros((1, *entry.shape), entry.dtype) for k, entry in spec.obs.items()}
+        token = jax.eval_shape(encode, params, obs)
+        return {**params, "backbone": backbone.init(keys[-1], token.shape[-1])}
 
     def observe(params, state, traj: Trajectory, keys) -> Observed:
         token = encode(params, traj.obs)

@@ -1,5 +1,5 @@
-"""Losses, returns and normalisers as pure functions (DreamerV3; equations of arXiv 2301.04104; TD-MPC2's at
-the end).
+"""Losses, returns and normalisers as pure functions (DreamerV3; equations of arXiv 2301.04104; TD-MPC2's and
+PETS' at the end).
 
 Sequences are time-major: [T, ...] with any batch axes behind. Nothing here knows a network.
 """
@@ -144,3 +144,17 @@ def update_scale(scale: Float[Array, ""], values: Array, rate: float = 0.01) -> 
     ``rate``: what the policy loss divides values by."""
     low, high = jnp.percentile(sg(values), jnp.array([5.0, 95.0]))
     return scale + rate * (jnp.maximum(high - low, 1.0) - scale)
+
+
+# PETS (arXiv 1805.12114) ---------------------------------------------------------------------------------
+
+
+def gaussian_nll(mean: Array, log_var: Array, target: Array) -> Array:
+    """Negative log-likelihood of ``target`` under independent normals, elementwise (eq. 1)."""
+    return 0.5 * (jnp.square(target - mean) * jnp.exp(-log_var) + log_var + jnp.log(2 * jnp.pi))
+
+
+def soft_bounds(x: Array, low: Array, high: Array) -> Array:
+    """``x`` bent smoothly into (low, high), with a gradient for the bounds too (appendix A.1)."""
+    x = high - jax.nn.softplus(high - x)
+    return low + jax.nn.softplus(x - low)

@@ -6,6 +6,7 @@ and a simulator; rules are in ``planners/``, one file each.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -120,10 +121,41 @@ class PlanConfig:
     """Share of the particles that cvar averages (alpha)."""
     value: float = 1.0
     """Weight of the terminal value in the score of a plan; 0 plans for the horizon alone."""
+    uncertainty: str = ""
+    """Weights of named uncertainties in what plans maximise, as in disagreement=-1,value_std=-0.5: below zero
+    for pessimism, above for optimism."""
+    explore: str = ""
+    """The same, added in training only: optimism that explores."""
+
+
+def read_weights(field: str, text: str) -> dict[str, float]:
+    """Weights by name from ``name=weight,...``; UserError for another form."""
+    found = {}
+    for part in filter(None, text.split(",")):
+        name, _, weight = part.partition("=")
+        try:
+            found[name.strip()] = float(weight)
+        except ValueError:
+            found[name.strip()] = math.nan
+    if not all(name and math.isfinite(weight) for name, weight in found.items()):
+        raise UserError(f"{field} is {text!r}, it must name uncertainties and weights, as in disagreement=-1")
+    return found
+
+
+def plan_objective(config: PlanConfig, mode: str, discount: float = 1.0) -> Objective:
+    """What plans maximise in mode "train" or "eval"."""
+    weights = read_weights("plan.uncertainty", config.uncertainty)
+    if mode == "train":
+        for name, weight in read_weights("plan.explore", config.explore).items():
+            weights[name] = weights.get(name, 0.0) + weight
+    weighed = {name: jnp.float32(weight) for name, weight in weights.items()}
+    return make_objective(discount, config.value)._replace(uncertainty=weighed)
 
 
 def check_numbers(config: PlanConfig) -> None:
     """UserError for values that no rule could use."""
+    for name in ("uncertainty", "explore"):
+        read_weights(f"plan.{name}", getattr(config, name))
     for name in ("action_block", "replan_every", "particles"):
         check_at_least(f"plan.{name}", getattr(config, name), 1)
     check_between("plan.risk_fraction", config.risk_fraction, 0, 1)
@@ -177,7 +209,10 @@ def evaluate(
     for name in objective.uncertainty:
         if name not in known:
             allowed = ", ".join(sorted(known)) or "none"
-            raise UserError(f"the objective weighs uncertainty {name!r}, but this model has: {allowed}")
+            raise UserError(
+                f"the objective (plan.uncertainty, plan.explore) weighs {name!r}, but this model has: "
+                f"{allowed}"
+            )
     gain = said.reward + weigh(objective, said.uncertainty)
     backward = lambda score, step: (step[0] + step[1] * score, None)
     return jax.lax.scan(backward, tail, (gain, objective.discount * said.cont), reverse=True)[0]

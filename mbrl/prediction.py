@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mbrl.finished import Finished, expect
+from mbrl.images import is_image
 from mbrl.types import Trajectory
 
 HORIZON = 50
@@ -42,7 +43,8 @@ def measure(run: Finished) -> dict[str, Any]:
         episode = jax.tree.map(lambda x, i=i: jnp.asarray(x[i, : length + 1]), played)
         points = tuple(np.unique(np.linspace(0, length - horizon, STARTS).astype(int)).tolist())
         predicted = predict(run.model, run.learned(seed).params["model"], episode, (points, horizon))
-        seen = {k: v for k, v in episode.obs.items() if run.spec.obs[k].classes is None}
+        obs = run.spec.obs
+        seen = {k: v for k, v in episode.obs.items() if obs[k].classes is None and not is_image(obs[k])}
         seen = {k: np.asarray(v, np.float64).reshape(length + 1, -1) for k, v in seen.items()}
         seen["reward"] = np.asarray(episode.reward, np.float64)
         for name in seen.keys() & predicted.keys():
@@ -77,7 +79,9 @@ def _predict(model, params, episode: Trajectory, where) -> dict[str, jax.Array]:
     starts = seen.starts._replace(states=jax.tree.map(lambda x: x[np.array(points)], seen.starts.states))
     actions = jnp.stack([episode.action[np.array(points) + h] for h in range(1, horizon + 1)])
     expected = expect(model, params, starts, actions, key)
-    flat = {name: x.reshape(horizon, len(points), -1) for name, x in expected.obs.items()}
+    # Pictures have their own page: see `mbrl.open_loop`.
+    vectors = {k: x for k, x in expected.obs.items() if episode.obs[k].dtype != jnp.uint8}
+    flat = {name: x.reshape(horizon, len(points), -1) for name, x in vectors.items()}
     return flat | {"reward": expected.reward.reshape(horizon, len(points), 1)}
 
 

@@ -2,7 +2,8 @@
 
 A preset maps the parts of an experiment's config to field values. Of Dreamer, "model" holds fields that
 every latent world model has, "rssm" and the like those of one backbone; "agent/transformer" and the like what
-behaviour needs with that backbone. Of TD-MPC2, "search" holds settings by planner.
+behaviour needs with that backbone; "camera" those of pictures. Of TD-MPC2 and PETS, "search" holds settings
+by planner.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def _published(deter: int, hidden: int, classes: int) -> Preset:
     """DreamerV3 size presets (danijar/dreamerv3 configs.yaml); 32 latents and 8 blocks at every size. The
     loop is the one that made the published DMC curves: action repeat 2, train ratio 512."""
     return {
-        "model": {"stoch": 32, "classes": classes, "units": hidden},
+        "model": {"stoch": 32, "classes": classes, "units": hidden, "image_depth": hidden // 16},
         "rssm": {"deter": deter, "hidden": hidden, "blocks": 8},
         "s4wm": {"width": hidden, "hidden": hidden},
         "r2i": {"width": hidden, "hidden": hidden, "deter": deter},
@@ -50,6 +51,8 @@ def _small(deter: int, stoch: int, classes: int, layers: int) -> Preset:
             "units": deter,
             "encoder_layers": layers,
             "decoder_layers": layers,
+            "image_depth": 8,
+            "image_stage": "patch",
             "bins": 63,
             "bin_limit": 8.0,
         },
@@ -102,6 +105,15 @@ def _s() -> Preset:
     return preset
 
 
+def _s_pixels() -> Preset:
+    """`_s` for small pictures: reconstruction sums over their pixels, so it weighs less."""
+    preset = _s()
+    preset["agent"] |= {"scale_rec": 1.0}
+    for name in FRAME:
+        preset[f"agent/{name}"] |= {"scale_rec": 1.0}
+    return preset | {"camera": {"size": 32}}
+
+
 def _xs() -> Preset:
     preset = _small(deter=32, stoch=4, classes=4, layers=1)
     preset["agent"] |= {"imag_starts": 16, "horizon": 10}
@@ -136,6 +148,7 @@ MEMORY = _memory()
 DREAMER: dict[str, Preset] = {
     "xs": _xs(),
     "s": _s(),
+    "s_pixels": _s_pixels(),
     "size1m": _published(deter=512, hidden=64, classes=4),
     "size12m": _published(deter=2048, hidden=256, classes=16),
     "size25m": _published(deter=3072, hidden=384, classes=24),
@@ -188,6 +201,7 @@ def _tdmpc_small() -> Preset:
     fast = {"learning_rate": 1e-3}
     # At the published entropy weight and this learning rate, the policy's deviation runs into its upper limit
     # before the critics know anything, where tanh passes no gradient back.
+    preset["model"] |= {"image_channels": 8}
     preset["agent"] |= {"dropout": 0.0, "entropy": 1e-5, "optimiser": fast, "actor_optimiser": fast}
     return preset
 
@@ -199,6 +213,42 @@ TDMPC: dict[str, Preset] = {
     "19M": _tdmpc_published(2, 1024, 1024, 768, 5),
     "48M": _tdmpc_published(3, 1792, 1792, 768, 5),
     "317M": _tdmpc_published(4, 4096, 4096, 1376, 8),
+}
+
+
+def _pets(model: dict[str, Any], search: Preset, plan: dict[str, Any], loop: dict[str, Any]) -> Preset:
+    """PETS: one environment, random actions first, then a plan for every step. Four frames per step in
+    dm_control, so that a short plan sees far."""
+    common = {"num_envs": 1, "action_repeat": 4, "batch_length": 4}
+    loop = common | {"prefill_random": True, "replay_online": False} | loop
+    return {"model": model, "agent": {}, "search": search, "plan": plan, "loop": loop}
+
+
+SHORT = {"horizon": 25, "samples": 64, "elites": 8, "iterations": 3}
+
+PETS: dict[str, Preset] = {
+    # For CPU cores: narrow networks, short plans of few candidates, one particle for each member.
+    "s": _pets(
+        {"layers": 2, "units": 64},
+        {name: SHORT for name in ("cem", "icem", "mppi")},
+        {"particles": 5},
+        {
+            "batch_size": 64,
+            "train_ratio": 256.0,
+            "prefill": 500,
+            "pretrain": 500,
+            "eval_every": 5000,
+            "eval_episodes": 3,
+            "log_every": 1000,
+        },
+    ),
+    # PETS' own sizes and planner; it learns all the time instead of for five epochs after each episode.
+    "paper": _pets(
+        {},
+        {},
+        {"particles": 20},
+        {"batch_size": 64, "train_ratio": 256.0, "prefill": 500, "pretrain": 500},
+    ),
 }
 
 
@@ -216,6 +266,7 @@ ABOUT: dict[str, dict[str, About]] = {
     "DreamerV3": {
         "xs": About("26 k", "a minute for 3,000 frames", "for tests; solves nothing"),
         "s": About("110 k", "10 to 12 min for 80,000 frames", "859 after 80,000 frames (IQM of 3 runs)"),
+        "s_pixels": About("110 k", "for `--obs pixels` (docs/pixels.md)", UNTRIED),
         "size1m": About("0.6 M", "0.4 s per update of 16 x 64", "244 after 24,000 frames, changed for a CPU"),
         "size12m": About("9.7 M", "2.3 s per update of 16 x 64", "published: 528 after 100,000 frames"),
         "size25m": About("22 M", "for accelerators", UNTRIED),
@@ -231,6 +282,10 @@ ABOUT: dict[str, dict[str, About]] = {
         "19M": About("18 M", "for accelerators", UNTRIED),
         "48M": About("47 M", "for accelerators", UNTRIED),
         "317M": About("312 M", "for accelerators", UNTRIED),
+    },
+    "PETS": {
+        "s": About("32 k", "not measured", "not measured"),
+        "paper": About("0.5 M", "for accelerators", UNTRIED),
     },
 }
 """By agent and preset, as ``python -m mbrl presets`` prints it."""

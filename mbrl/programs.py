@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mbrl.collect import collect_device, init_device, random_action
+from mbrl.collect import collect_device, init_device, random_action, renew
 from mbrl.errors import UserError, check_above, check_at_least, check_between
 from mbrl.replay import Replay, ReplayState
 from mbrl.seeds import Seeds, split_batch
@@ -290,8 +290,10 @@ def make_programs(
 
     def collect(state: RunState, key, iteration, explore):
         assert env is not None
+        # Iteration 0 shares its key with the first reset of all, but renews nothing.
+        carry = renew(env, state.env, stream(key, ENVS, iteration), clock.rows, iteration)
         actor, carry, rows, episodes = collect_device(
-            env, agent, state.train, state.actor, state.env, stream(key, ACT, iteration), clock.rows, explore
+            env, agent, state.train, state.actor, carry, stream(key, ACT, iteration), clock.rows, explore
         )
         return state._replace(actor=actor, env=carry, replay=replay.add(state.replay, rows)), episodes
 

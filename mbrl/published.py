@@ -71,17 +71,24 @@ def tasks(method: str = "dreamerv3", suite: str = "dmc_proprio") -> list[str]:
     return sorted(task for s, m, task in _curves() if (s, m) == (suite, method))
 
 
-def curve(task: str, method: str = "dreamerv3", suite: str = "dmc_proprio") -> PublishedCurve | None:
+def suite_of(task: str) -> str:
+    """The suite that a run is comparable with: the name of one that sees pixels alone ends in ``_pixels``."""
+    return "dmc_vision" if task.endswith("_pixels") else "dmc_proprio"
+
+
+def curve(task: str, method: str = "dreamerv3", suite: str | None = None) -> PublishedCurve | None:
     """The published curve of ``task``, or None when there is none.
 
-    task: as users type it (``walker_walk``, ``cup_catch``). suite: ``dmc_proprio`` (state observations) or
-    ``dmc_vision``. Values are averages over bins of 25,000 (50,000) frames, placed at the bin's mean frame.
+    task: as users type it (``walker_walk``, ``cup_catch``), or with ``_pixels`` behind it. suite:
+    ``dmc_proprio`` (state observations) or ``dmc_vision``, by default that of the name. Values are averages
+    over bins of 25,000 (50,000) frames, placed at the bin's mean frame.
     """
-    return _curves().get((suite, method, task_name(task)))
+    suite = suite or suite_of(task)
+    return _curves().get((suite, method, task_name(task.removesuffix("_pixels"))))
 
 
 def score_at(
-    task: str, frames: int, method: str = "dreamerv3", suite: str = "dmc_proprio"
+    task: str, frames: int, method: str = "dreamerv3", suite: str | None = None
 ) -> PublishedScore | None:
     """The published return of ``task`` after ``frames`` simulator frames, interpolated linearly.
 

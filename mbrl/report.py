@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
 import json
 import math
@@ -44,11 +45,12 @@ def write(run_dir: str | os.PathLike, predict: bool = False) -> Path:
     """
     result = read(run_dir)
     if predict:
-        from mbrl import finished, prediction  # here: a report without it needs no JAX
+        from mbrl import finished, open_loop, prediction  # here: a report without it needs no JAX
 
         run = finished.load(run_dir)
         measured = prediction.measure(run)
         write_json(result.path / PREDICTION, measured | {"frames": run.frames})
+        open_loop.write(run, run.frames)
     path = result.path / "report.html"
     write_atomic(path, html(result, _stored_prediction(result.path)).encode())
     return path
@@ -71,6 +73,7 @@ def html(result: Result, predicted: dict[str, Any] | None = None) -> str:
         _figures(result),
         group("Return", [_curve(result), _distribution(result)]),
         _prediction(result, predicted),
+        _films(result),
         group("Losses", list(_lines(result, [n for n in result.metrics() if n.endswith("loss")]))),
         group("Latent state", list(_latent(result)), LATENT_NOTE),
         group("Behaviour and health", list(_lines(result, _others(result)))),
@@ -237,6 +240,21 @@ def _prediction(result: Result, predicted: dict[str, Any] | None) -> str:
         "deviations of each dimension over the episode. The examples show one such prediction."
     )
     return group("World model", cards, note)
+
+
+def _films(result: Result) -> str:
+    """Open-loop films of what the model sees, as `mbrl.open_loop` left them, inside the page."""
+    cards = []
+    for path in sorted((result.path / "videos").glob("open_loop_*.gif")):
+        data = base64.b64encode(path.read_bytes()).decode()
+        name = path.stem.removeprefix("open_loop_")
+        picture = f'<img src="data:image/gif;base64,{data}" alt="{escape(name)}" style="max-width:100%">'
+        cards.append(card(f"Film of {name}", picture, wide=True))
+    note = (
+        "Rows: what happened, what the model expected, their difference (grey is none). A column begins with "
+        "frames that the model saw; from then on it knew the actions alone."
+    )
+    return group("Open-loop prediction", cards, note) if cards else ""
 
 
 def _example(name: str, truth: np.ndarray, guess: np.ndarray) -> str:

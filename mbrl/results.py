@@ -40,7 +40,9 @@ class Result(NamedTuple):
 
     @property
     def task(self) -> str:
-        return self.config["task"]
+        """Its name, with what the agent sees where that is not the state."""
+        shown = self.config.get("obs", "state")
+        return self.config["task"] + ("" if shown == "state" else f"_{shown}")
 
     def metric(self, name: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """(frames [N], values [N]) of one logged metric of one seed; values that were not finite are NaN."""

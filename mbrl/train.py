@@ -81,13 +81,13 @@ def train(
         state = jax.block_until_ready(programs.init(keys))
     if learned:
         state = state._replace(train=finished.start_from(learned, state.train))
-    iteration, evaluations = 0, []  # evaluations: (frames, returns [S, episodes])
+    iteration, evaluations, segments = 0, [], []  # evaluations: (frames, returns [S, episodes])
     if resume:
         # Abstract: two states at once may not fit.
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         del state
         restored = checkpoints.restore(folder.checkpoints, like)
-        state, meta = restored.state, restored.meta
+        state, meta, segments = restored.state, restored.meta, restored.segments
         iteration, evaluations = meta["iteration"], meta["evaluations"]
         timer.seconds = meta["seconds"] | {"compile": timer.seconds["compile"] + meta["seconds"]["compile"]}
         driver.set_state(restored.extra)
@@ -140,7 +140,10 @@ def train(
                 meta = {"iteration": iteration, "evaluations": evaluations, "seconds": timer.seconds}
                 meta["pending"] = monitor.pending()
                 with timer("save"):
-                    saved = checkpoints.save(folder.checkpoints, frames, state, driver.get_state(), meta)
+                    extra = driver.get_state()
+                    saved = checkpoints.save(
+                        folder.checkpoints, frames, state, extra, meta, segments=segments
+                    )
                 if stop and not end:
                     raise Interrupted(_farewell(folder, frames, saved), stop)
             for seed in monitor.newly_frozen():

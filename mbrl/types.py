@@ -73,11 +73,14 @@ class JaxEnv(NamedTuple):
     """ONE environment written in JAX, pure functions, no batch axis, no auto-reset (the collector resets).
 
     reset(key) -> (state, TimeStep); step(state, action [A] float32, key) -> (state, TimeStep).
+    costly_reset: a reset takes as long as several steps; collectors then draw fresh states in advance, once
+    per length of an episode, where they would otherwise reset at every step and use it where one ended.
     """
 
     spec: EnvSpec
     reset: Callable[[Array], tuple[State, TimeStep]]
     step: Callable[[State, Array, Array], tuple[State, TimeStep]]
+    costly_reset: bool = False
 
 
 @runtime_checkable
@@ -140,7 +143,8 @@ class Observed(NamedTuple):
     state: the carry after the last step [B]. starts: one start per posterior, states [T, B].
     features: [T, B, F]. losses: {name: [T, B]}, unscaled. metrics: {name: scalar}.
     predicted: [T, B, F], features of each step as predicted from the sequence's, or its episode's, first
-    step by the actions alone, where a model learns that way; else ().
+    step by the actions alone, where a model learns that way; else (). statistics: what a model learns without
+    gradients, the new ``params["statistics"]``, where it has such; else ().
     """
 
     state: State
@@ -149,6 +153,7 @@ class Observed(NamedTuple):
     losses: dict[str, Array]
     metrics: Metrics
     predicted: Any = ()
+    statistics: Any = ()
 
 
 class Prediction(NamedTuple):

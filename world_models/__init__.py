@@ -10,4 +10,4 @@ LATENT = {
     "transdreamer": "world_models.transformer:make_transdreamer",
     "koopman": "world_models.koopman:make",
 }
-REGISTRY = LATENT | {"tdmpc": "world_models.tdmpc:make"}
+REGISTRY = LATENT | {"tdmpc": "world_models.tdmpc:make", "ensemble": "world_models.ensemble:make"}

@@ -137,9 +137,9 @@ def backbone(config: KoopmanConfig, action_size: int) -> Backbone:
             "modes": jnp.zeros((batch, 2, config.modes), jnp.float32),
         }
 
-    def init(key):
+    def init(key, token_size):
         state = init_state(None, 1)
-        action, token = jnp.zeros((1, action_size)), jnp.zeros((1, config.units), dtype)
+        action, token = jnp.zeros((1, action_size)), jnp.zeros((1, token_size), dtype)
         return module.init(key, state["modes"], state["stoch"], action, token, method="everything")["params"]
 
     def step(params, state, token, action, is_first, key):

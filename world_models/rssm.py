@@ -120,9 +120,9 @@ def backbone(config: RSSMConfig, action_size: int) -> Backbone:
             "stoch": jnp.zeros((batch, config.stoch, config.classes), dtype),
         }
 
-    def init(key):
+    def init(key, token_size):
         state = init_state(None, 1)
-        action, token = jnp.zeros((1, action_size)), jnp.zeros((1, config.units), dtype)
+        action, token = jnp.zeros((1, action_size)), jnp.zeros((1, token_size), dtype)
         return module.init(key, state["deter"], state["stoch"], action, token, method="everything")["params"]
 
     def advance(params, state, embedded, token, is_first, key):

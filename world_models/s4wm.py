@@ -285,9 +285,9 @@ def backbone(config: S4WMConfig, action_size: int) -> Backbone:
             "ssm": jnp.zeros((batch, config.layers, 2, config.ssm_size), jnp.float32),
         }
 
-    def init(key):
+    def init(key, token_size):
         state = init_state(None, 1)
-        action, token = jnp.zeros((1, action_size)), jnp.zeros((1, config.units), dtype)
+        action, token = jnp.zeros((1, action_size)), jnp.zeros((1, token_size), dtype)
         return module.init(key, state["ssm"], state["stoch"], action, token, method="everything")["params"]
 
     def step(params, state, token, action, is_first, key):
@@ -312,7 +312,7 @@ def backbone(config: S4WMConfig, action_size: int) -> Backbone:
     def features(params, state):
         parts = [state["deter"], flat(state["stoch"])]
         if hidden:
-            parts.append(state["ssm"].reshape(*state["ssm"].shape[:-3], hidden).astype(dtype))
+            parts.insert(1, state["ssm"].reshape(*state["ssm"].shape[:-3], hidden).astype(dtype))
         return jnp.concatenate(parts, -1)
 
     return Backbone(

@@ -6,13 +6,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mbrl.distributions import Bernoulli, check_bins, symlog_two_hot
 from mbrl.errors import UserError, check_at_least, check_between
+from mbrl.images import (
+    StridedConvs,
+    centred,
+    conv_size,
+    random_shift,
+    split_obs,
+    stack_images,
+    stacked_shape,
+)
 from mbrl.losses import episode_discount
-from mbrl.networks import NormedMLP, apply, flatten_obs
+from mbrl.networks import NormedMLP, apply, flatten_obs, simnorm
 from mbrl.types import Array, EnvSpec, Observed, Prediction, Starts, Trajectory, WorldModel
 
 sg = jax.lax.stop_gradient
@@ -30,6 +40,11 @@ class TDMPCModelConfig:
     """Hidden layers of the encoder h."""
     encoder_units: int = 256
     """Width of the encoder's hidden layers."""
+    image_channels: int = 32
+    """Channels of each convolution, for image observations. Images alone whose features are as wide as the
+    latent (32 channels, 64 x 64 and 512) go straight into the simplices, as published."""
+    image_shift: int = 3
+    """Largest random shift of images in pixels, along each axis, whenever one is encoded."""
     units: int = 512
     """Width of the hidden layers of dynamics d, reward R and termination."""
     bins: int = 101
@@ -69,21 +84,39 @@ def make(config: TDMPCModelConfig, spec: EnvSpec) -> WorldModel:
     check(config)
     c, dtype = config, jnp.dtype(config.dtype)
     discount = c.discount or episode_discount(spec.max_steps)
-    obs_size = sum(s.size * (s.classes or 1) for s in spec.obs.values())
+    images, vectors = split_obs(spec.obs)
+    obs_size = sum(s.size * (s.classes or 1) for s in vectors.values())
+    obs_size += conv_size(stacked_shape(images), c.image_channels) if images else 0
     action_size = spec.action.size
-    modules = {
+    modules: dict[str, nn.Module] = {
         "encoder": NormedMLP(c.encoder_layers, c.encoder_units, c.latent, simnorm=c.simnorm),
         "dynamics": NormedMLP(2, c.units, c.latent, simnorm=c.simnorm),
         "reward": NormedMLP(2, c.units, c.bins, zero_out=True),
     }
     if c.episodic:
         modules["termination"] = NormedMLP(2, c.units, 1)
+    if images:
+        modules["image_encoder"] = StridedConvs(c.image_channels)
+    if images and not vectors and obs_size == c.latent:
+        del modules["encoder"]
 
     def call(name, params, *parts):
         return apply(modules[name], params[name], jnp.concatenate([x.astype(dtype) for x in parts], -1))
 
+    def moved(obs, key):
+        """The observations [B] with all images of an entry shifted alike."""
+        return obs | {k: random_shift(key, obs[k], c.image_shift) for k in images}
+
     def encode(params, obs):
-        return call("encoder", params, flatten_obs(obs, spec.obs, dtype, squash=lambda x: x))
+        parts = []
+        if images:
+            stacked = centred(stack_images(obs, images))
+            batch = stacked.shape[:-3]
+            flat = call("image_encoder", params, stacked.reshape(-1, *stacked.shape[-3:]))
+            parts.append(flat.reshape(*batch, -1))
+        if vectors:
+            parts.append(flatten_obs(obs, vectors, dtype, squash=lambda x: x))
+        return call("encoder", params, *parts) if "encoder" in modules else simnorm(parts[0], c.simnorm)
 
     def reward_dist(params, source, action):
         return symlog_two_hot(call("reward", params, source, action), c.bin_limit)
@@ -92,10 +125,13 @@ def make(config: TDMPCModelConfig, spec: EnvSpec) -> WorldModel:
         return Bernoulli(call("termination", params, z)[..., 0].astype(jnp.float32))
 
     def init(key):
-        sizes = {"encoder": obs_size, "termination": c.latent}
+        shapes = {"encoder": (obs_size,), "termination": (c.latent,)}
+        shapes |= {"image_encoder": stacked_shape(images)} if images else {}
         keys = jax.random.split(key, len(modules))
         return {
-            name: module.init(k, jnp.zeros((1, sizes.get(name, c.latent + action_size)), dtype))["params"]
+            name: module.init(k, jnp.zeros((1, *shapes.get(name, (c.latent + action_size,))), dtype))[
+                "params"
+            ]
             for (name, module), k in zip(modules.items(), keys, strict=True)
         }
 
@@ -109,7 +145,7 @@ def make(config: TDMPCModelConfig, spec: EnvSpec) -> WorldModel:
         return Latent(z, *(jnp.where(begins[..., None], 0, x) for x in (source, action)))
 
     def observe(params, state, traj: Trajectory, keys) -> Observed:
-        z = encode(params, traj.obs)
+        z = encode(params, jax.vmap(moved)(traj.obs, keys))
         before = lambda first, xs: jnp.concatenate([first[None], xs[:-1]])
         begins = traj.is_first | before(state.empty, jnp.zeros_like(traj.is_first))
         posterior = arrive(begins, z, before(state.now.z, z), traj.action)
@@ -137,7 +173,7 @@ def make(config: TDMPCModelConfig, spec: EnvSpec) -> WorldModel:
         return Observed(after, Starts((), posterior), z, losses, {}, predicted)
 
     def observe_step(params, state, prev_action, obs, is_first, key):
-        z = encode(params, obs)
+        z = encode(params, moved(obs, key))
         now = arrive(is_first | state.empty, z, state.now.z, prev_action)
         return Memory(now, z, jnp.zeros_like(state.empty))
 
@@ -162,14 +198,14 @@ def make(config: TDMPCModelConfig, spec: EnvSpec) -> WorldModel:
         predict=predict,
         features=lambda params, state: state.z,
         decode=lambda params, features: None,
-        param_groups=lambda: {"encoder/": {"lr_scale": c.encoder_lr_scale}},
+        param_groups=lambda: {"(image_)?encoder/": {"lr_scale": c.encoder_lr_scale}},
         storable=False,
     )
 
 
 def check(config: TDMPCModelConfig) -> None:
     """UserError for impossible values."""
-    for field in ("latent", "simnorm", "encoder_layers", "encoder_units", "units"):
+    for field in ("latent", "simnorm", "encoder_layers", "encoder_units", "units", "image_channels"):
         check_at_least(f"model.{field}", getattr(config, field), 1)
     check_at_least("model.encoder_lr_scale", config.encoder_lr_scale, 0)
     check_between("model.discount", config.discount, 0, 1)

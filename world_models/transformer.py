@@ -310,9 +310,9 @@ def backbone(config: TransformerConfig, action_size: int) -> Backbone:
             "window": zeros(batch, window),
         }
 
-    def init(key):
+    def init(key, token_size):
         stoch = jnp.zeros((1, config.stoch, config.classes), dtype)
-        action, token = jnp.zeros((1, action_size)), jnp.zeros((1, config.units), dtype)
+        action, token = jnp.zeros((1, action_size)), jnp.zeros((1, token_size), dtype)
         return module.init(key, stoch, action, token, method="everything")["params"]
 
     def step(params, state, token, action, is_first, key):

@@ -17,8 +17,8 @@ from mbrl.planning import (
     PlanState,
     RuleConfig,
     check_numbers,
-    make_objective,
     make_planner,
+    plan_objective,
 )
 from mbrl.types import Agent, Array, EnvSpec, WorldModel
 
@@ -32,13 +32,17 @@ class PlanningState(NamedTuple):
 
 
 def with_planner(
-    agent: Agent, planner: Planner, objective: Objective, acting_params: Callable[[Any, str], Any]
+    agent: Agent,
+    planner: Planner,
+    objective: Objective,
+    acting_params: Callable[[Any, str], Any],
+    explore: Objective | None = None,
 ) -> Agent:
     """``agent`` acting by ``planner`` instead of its policy, in training and evaluation.
 
     acting_params(train, mode) -> parameters for the planner's simulator. The agent's acting state has a field
     ``state``, the simulator's acting state, and a field ``action``. Its policy's own noise is not used: the
-    search rule explores, or does not.
+    search rule explores, or does not. explore: the objective in mode "train", where it is another one.
     """
 
     def init_actor(train, batch: int) -> PlanningState:
@@ -52,9 +56,8 @@ def with_planner(
         if mode == "watch":
             return action, actor._replace(agent=state, action=action), info
         params = acting_params(train, mode)
-        action, plan, traces = planner.plan(
-            params, objective, actor.plan, state.state, is_first, plan_key, mode
-        )
+        aim = objective if explore is None or mode == "eval" else explore
+        action, plan, traces = planner.plan(params, aim, actor.plan, state.state, is_first, plan_key, mode)
         return action, PlanningState(state._replace(action=action), plan, action), info | {"plan": traces}
 
     return agent._replace(init_actor=init_actor, act=act)
@@ -89,5 +92,5 @@ def assemble(
     rule = find_rule(config.planner, rules)(config.search, spec.action)
     planner = make_planner(simulator, rule, config.plan)
     # The objective adds no discount: it is in the model's ``cont``.
-    objective = make_objective(value=config.plan.value)
-    return with_planner(agent, planner, objective, partial(agents.acting_params, config.agent))
+    aim, explore = (plan_objective(config.plan, mode) for mode in ("eval", "train"))
+    return with_planner(agent, planner, aim, partial(agents.acting_params, config.agent), explore)

@@ -146,17 +146,25 @@ def make_simulator(config: TDMPCConfig, spec: EnvSpec, model: WorldModel, discou
         return dist.mode() if key is None else dist.sample(key)
 
     def value(params, features, key):
-        """Mean of two critics at an action of the policy."""
+        """Mean of two critics at an action of the policy, and the spread of all of them."""
         pair_key, action_key = jax.random.split(key)
         action = act(params, features, action_key)
-        return values(two_of(params["critic"], pair_key), features, action).mean().mean(0)
+        mean = values(two_of(params["critic"], pair_key), features, action).mean().mean(0)
+        return mean, {"value_std": spread(params, features, action)}
+
+    def spread(params, features, action):
+        """Standard deviation of the critics' values: how little their data says of this action."""
+        return values(params["critic"], features, action).mean().std(0)
 
     simulator = simulator_of(model, act, value, entry="model")
 
     def predict(params, state):
-        """A plan ends where termination is the likelier outcome."""
-        prediction = simulator.predict(params, state)
-        return prediction._replace(cont=jnp.where(prediction.cont > 0.5 * discount, discount, 0.0))
+        """A plan ends where termination is the likelier outcome. Its actions may be penalised by the critics'
+        spread, as in FOWM (arXiv 2310.16029)."""
+        said = simulator.predict(params, state)
+        doubt = {"value_std": spread(params, state.source, state.action)}
+        cont = jnp.where(said.cont > 0.5 * discount, discount, 0.0)
+        return said._replace(cont=cont, uncertainty=said.uncertainty | doubt)
 
     return simulator._replace(predict=predict)
 

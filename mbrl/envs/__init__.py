@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from mbrl.envs import pixels
+from mbrl.envs.pixels import CAMERA, CameraConfig, Shown
 from mbrl.types import HostEnv, JaxEnv
 
 REGISTRY: dict[str, str] = {
@@ -32,12 +34,27 @@ REGISTRY: dict[str, str] = {
 }
 """Environments written in JAX: name -> "module:factory", where factory(**options) -> JaxEnv."""
 
+FAMILIES: dict[str, str] = {
+    "gymnax": "mbrl.envs.gymnax_adapter:make",
+    "brax": "mbrl.envs.brax_adapter:make",
+    "playground": "mbrl.envs.brax_adapter:make_playground",
+}
+"""Libraries of environments written in JAX, named as in ``brax:ant``: name -> "module:factory", where
+factory(what follows the colon) -> JaxEnv."""
+
 MEMORY_TASKS = {"recall": "gap", "tmaze": "length", "hallway": "width", "memory_chain": "length"}
 """Tasks with one number in their name, as in ``recall:30``, and the option that it stands for."""
 
 PASSIVE_TASKS = ("recall", "hallway")
 """Those of them whose rewards do not depend on actions."""
 
+
+PICTURES = {
+    "cartpole": "mbrl.envs.cartpole:picture",
+    "pendulum": "mbrl.envs.pendulum:picture",
+    "pendulum_dense": "mbrl.envs.pendulum:picture",
+}
+"""JAX tasks that a camera can see: name -> "module:function" of (state, size) -> uint8 [size, size, 3]."""
 
 GYM = "gym:"
 
@@ -46,25 +63,41 @@ def is_jax(name: str) -> bool:
     """Whether the name, without its number, is that of an environment written in JAX."""
     if _is_own(name):
         return "seed" not in inspect.signature(_own(name)).parameters
-    return name.partition(":")[0] in REGISTRY
+    base, colon, _ = name.partition(":")
+    return base in REGISTRY or (bool(colon) and base in FAMILIES)
 
 
-def make_jax(name: str, **options: Any) -> JaxEnv:
+def make_jax(name: str, shown: Shown = "state", camera: CameraConfig = CAMERA, **options: Any) -> JaxEnv:
     """An environment written in JAX; ``options`` go to its factory.
 
-    name: one of `REGISTRY`, with its number where it takes one, or one of your own as ``module:factory``.
-    Raises ValueError for others and for impossible options.
+    name: one of `REGISTRY`, with its number where it takes one, ``gymnax:NAME``, ``brax:NAME[:PHYSICS]``,
+    ``playground:NAME``, or one of your own as ``module:factory``. shown: the state, what the camera sees, or
+    both. Raises ValueError for others, for impossible options and for a task without pictures.
     """
+    if shown != "state":
+        if name not in PICTURES:
+            raise ValueError(
+                f"{name!r} has no pictures, of the tasks in JAX these have: {', '.join(PICTURES)}"
+            )
+        module, _, function = PICTURES[name].partition(":")
+        picture = getattr(importlib.import_module(module), function)
+        return pixels.of_jax(make_jax(name, **options), picture, shown, camera)
     if _is_own(name) and is_jax(name):
         return _own(name)(**options)
-    base, colon, number = name.partition(":")
+    base, colon, rest = name.partition(":")
+    if colon and base in FAMILIES:
+        return _factory(FAMILIES[base])(rest, **options)
     if base not in REGISTRY:
         raise unknown(name)
     if colon:
-        options = {**options, **_number(name, base, number)}
-    module, _, factory = REGISTRY[base].partition(":")
-    env = getattr(importlib.import_module(module), factory)(**options)
+        options = {**options, **_number(name, base, rest)}
+    env = _factory(REGISTRY[base])(**options)
     return env._replace(spec=dataclasses.replace(env.spec, name=name)) if colon else env
+
+
+def _factory(path: str) -> Callable[..., JaxEnv]:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _number(name: str, base: str, number: str) -> dict[str, int]:
@@ -76,10 +109,24 @@ def _number(name: str, base: str, number: str) -> dict[str, int]:
     return {MEMORY_TASKS[base]: int(number)}
 
 
-def make_host(task: str, seed: int, action_repeat: int = 2) -> HostEnv:
+def make_host(
+    task: str,
+    seed: int,
+    action_repeat: int = 2,
+    shown: Shown = "state",
+    camera: CameraConfig = CAMERA,
+) -> HostEnv:
     """An environment in Python: a dm_control task by its usual name (see ``mbrl.envs.dmc.make``), one of
     gymnasium's registry as ``gym:HalfCheetah-v5``, or one of your own as ``module:factory``, where
-    ``factory(seed, action_repeat)`` returns a `HostEnv`. Raises ValueError for others."""
+    ``factory(seed, action_repeat)`` returns a `HostEnv`. shown: the state, what the camera sees, or both.
+    Raises ValueError for others."""
+    if shown != "state":
+        quality = {} if task.startswith(GYM) or _is_own(task) else {"render_quality": camera.quality}
+        return pixels.OfHost(_make_host(task, seed, action_repeat, **quality), shown, camera)
+    return _make_host(task, seed, action_repeat)
+
+
+def _make_host(task: str, seed: int, action_repeat: int, **options: Any) -> HostEnv:
     if task.startswith(GYM):
         from mbrl.envs import gym
 
@@ -88,7 +135,7 @@ def make_host(task: str, seed: int, action_repeat: int = 2) -> HostEnv:
         return _own(task)(seed=seed, action_repeat=action_repeat)
     from mbrl.envs import dmc
 
-    return dmc.make(task, seed, action_repeat)
+    return dmc.make(task, seed, action_repeat, **options)
 
 
 def check(env: JaxEnv | Callable[[int], Any], random_starts: bool = True) -> bool:
@@ -101,7 +148,8 @@ def check(env: JaxEnv | Callable[[int], Any], random_starts: bool = True) -> boo
 
 def _is_own(name: str) -> bool:
     """Whether the name has the form MODULE:FACTORY; what follows the colon of a memory task is a number."""
-    return name.partition(":")[2].isidentifier() and not name.startswith(GYM)
+    module, _, factory = name.partition(":")
+    return factory.isidentifier() and module not in FAMILIES and not name.startswith(GYM)
 
 
 def _own(name: str) -> Callable[..., Any]:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mbrl.envs import raster
 from mbrl.types import Array, ArraySpec, EnvSpec, JaxEnv, TimeStep
 
 CART = 1.0  # kg
@@ -157,3 +158,16 @@ def observe(state: State) -> dict[str, Array]:
         "position": jnp.stack([state.position[0], jnp.cos(angle), jnp.sin(angle)]),
         "velocity": state.velocity.copy(),  # leaves that share a buffer cannot be donated
     }
+
+
+def picture(state: State, size: int) -> Array:
+    """What a camera in front of the rail sees, uint8 [size, size, 3]: rail, cart and pole, drawn thicker than
+    they are; 4.4 m to a side."""
+    points, pixel = raster.pixel_centres(size, 2.2), 4.4 / size
+    cart, angle = jnp.stack([state.position[0], jnp.zeros(())]), state.position[1]
+    tip = cart + LENGTH * jnp.stack([jnp.sin(angle), jnp.cos(angle)])
+    image = jnp.full((size, size, 3), 30.0)
+    image = raster.paint(image, raster.rectangle(points, jnp.zeros(2), (RAIL, 0.03)), (90, 90, 100), pixel)
+    image = raster.paint(image, raster.rectangle(points, cart, (0.3, 0.2)), (60, 120, 220), pixel)
+    image = raster.paint(image, raster.capsule(points, cart, tip, 0.12), (240, 170, 40), pixel)
+    return raster.to_bytes(image)

@@ -8,6 +8,7 @@ library, and ``render()`` picks the backend on its first call instead (see ``_lo
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib
 import logging
@@ -27,6 +28,7 @@ _OFF = ("off", "disable", "disabled", "false", "0")
 _SURFACES = ("mesh_", "skin_", "flex", "bvh_", "oct_", "tex_")
 _ALIASES = {"cup": "ball_in_cup", "pointmass": "point_mass", "cmu": "humanoid_cmu", "lqr": "lqr_lqr"}
 _CAMERAS = {"quadruped": 2}  # camera 0 sees nothing of the robot once it has walked away
+_PLAIN = {"shadow": False, "reflection": False, "skybox": False}
 _UNBOUNDED = 1e9  # dm_control writes +-1e10 for actuators without limits
 
 
@@ -80,8 +82,8 @@ def make(task: str, seed: int, action_repeat: int = 2, render_quality: str = "fa
     """One environment of the suite.
 
     task: any spelling that ``canonical`` accepts. seed: 0 <= seed < 2**32, the task's own random stream.
-    action_repeat: control steps per agent step. render_quality: "fast" renders without shadows and
-    multisampling (5 to 7 times faster without a GPU), "dmc" as dm_control does.
+    action_repeat: control steps per agent step. render_quality: "fast" renders without shadows,
+    reflections, sky and multisampling (``benchmarks/rendering.py``), "dmc" as dm_control does.
     Raises ValueError with one sentence for an unknown task or an impossible argument.
     """
     name = canonical(task)
@@ -96,6 +98,14 @@ def make(task: str, seed: int, action_repeat: int = 2, render_quality: str = "fa
     if render_quality not in ("fast", "dmc"):
         raise ValueError(f"render_quality must be 'fast' or 'dmc', found {render_quality!r}.")
     return DMC(name, int(seed), int(action_repeat), render_quality)
+
+
+def model(name: str) -> tuple[Any, int]:
+    """(MjModel of a task by its usual name, simulation steps of a control step); the model is a copy."""
+    env = DMC(name, 0, 1, "fast")
+    compiled = copy.copy(env._physics.model.ptr), env._substeps
+    env.close()
+    return compiled
 
 
 class DMC:
@@ -277,7 +287,8 @@ class DMC:
             quality.shadowsize = quality.offsamples = 0
         self._physics.may_create_gl = True
         try:
-            return self._physics.render(height, width, camera_id=self._camera)
+            flags = _PLAIN if self._render_quality == "fast" else None
+            return self._physics.render(height, width, camera_id=self._camera, render_flag_overrides=flags)
         except ValueError:
             raise
         except Exception as error:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mbrl.envs import raster
 from mbrl.types import Array, ArraySpec, EnvSpec, JaxEnv, TimeStep
 
 MASS = 1.0  # kg
@@ -102,3 +103,14 @@ def observe(state: State) -> dict[str, Array]:
         "orientation": jnp.stack([jnp.cos(state.angle), jnp.sin(state.angle)]),
         "velocity": state.velocity[None],
     }
+
+
+def picture(state: State, size: int) -> Array:
+    """What a camera in front of the pendulum sees, uint8 [size, size, 3]: a rod and a ball, drawn thicker
+    than they are."""
+    points, pixel = raster.pixel_centres(size, 0.7), 1.4 / size
+    ball = LENGTH * jnp.stack([jnp.sin(state.angle), jnp.cos(state.angle)])
+    image = jnp.full((size, size, 3), 30.0)
+    image = raster.paint(image, raster.capsule(points, jnp.zeros(2), ball, 0.04), (150, 150, 160), pixel)
+    image = raster.paint(image, raster.capsule(points, ball, ball, 0.12), (240, 170, 40), pixel)
+    return raster.to_bytes(image)

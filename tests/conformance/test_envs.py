@@ -12,6 +12,8 @@ import pytest
 from mbrl import envs
 from mbrl.envs import checks
 from mbrl.envs.checks import JaxAsHost
+from mbrl.envs.pixels import CameraConfig
+from mbrl.types import JaxEnv
 
 
 class Case(NamedTuple):
@@ -27,6 +29,13 @@ class Case(NamedTuple):
 
 
 jax_env = functools.cache(envs.make_jax)  # compiled once per environment, not once per test
+
+
+@functools.cache
+def mjx_env(task: str) -> JaxEnv:
+    from mbrl.envs import mjx
+
+    return mjx.make(task)
 
 
 def jax_case(name: str, end: str, length: int, random: bool = True, **options: Any) -> Case:
@@ -47,6 +56,8 @@ def gym_case(name: str, length: int | None, end: str | None = "truncated", actio
 CASES = [
     jax_case("cartpole", "truncated", 500),
     jax_case("pendulum", "truncated", 500),
+    jax_case("pendulum", "truncated", 500, shown="pixels", camera=CameraConfig(size=16, frame_stack=2)),
+    jax_case("cartpole", "truncated", 500, shown="both", camera=CameraConfig(size=16)),
     jax_case("pendulum_dense", "truncated", 7, max_steps=7),
     jax_case("probe_constant", "terminal", 5, random=False),
     jax_case("probe_constant_truncated", "truncated", 5, random=False),
@@ -60,6 +71,9 @@ CASES = [
     jax_case("tmaze", "terminal", 21),
     jax_case("hallway", "terminal", 6, width=6),
     jax_case("memory_chain", "terminal", 21),
+    jax_case("gymnax:Pendulum-v1", "truncated", 200),
+    jax_case("brax:reacher:positional", "truncated", 1000),
+    Case("mjx:point_mass_easy", lambda seed: JaxAsHost(mjx_env("point_mass_easy"), seed), "truncated", 500),
     host_case("cartpole_swingup"),
     host_case("cup_catch"),
     host_case("walker_walk", 250, action_repeat=4),
@@ -70,9 +84,11 @@ CASES = [
     gym_case("HalfCheetah-v5", 500, action_repeat=2),
     gym_case("Pendulum-v1", 200),
 ]
-JAX_NAMES = list(envs.REGISTRY)
-OPTIONAL = {"memory_chain": "gymnax"}
-"""Environments that need a package which is not installed by default."""
+JAX_NAMES = [*envs.REGISTRY, "gymnax:Pendulum-v1"]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("brax:reacher:positional",)]
+"""Physics that takes half a minute to compile in all the ways that the checks of JAX environments ask for."""
+OPTIONAL = {"memory_chain": "gymnax", "gymnax": "gymnax", "brax": "brax", "mjx": "mujoco.mjx"}
+"""Environments, or libraries of them, that need a package which is not installed by default."""
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +96,7 @@ def _has_what_it_needs(request):
     """Skips an environment whose optional package is missing."""
     case = request.getfixturevalue("case") if "case" in request.fixturenames else None
     name = case.name if case else request.node.callspec.params["name"]
-    if package := OPTIONAL.get(name):
+    if package := OPTIONAL.get(name.partition(":")[0]):
         pytest.importorskip(package)
 
 
@@ -140,6 +156,6 @@ def test_jax_registry_has_a_case(name):
 
 
 @pytest.mark.parametrize("check", checks.JAX_CHECKS)
-@pytest.mark.parametrize("name", JAX_NAMES)
+@pytest.mark.parametrize("name", [*JAX_NAMES, *SLOW])
 def test_jax_check(name, check):
     checks.JAX_CHECKS[check](jax_env(name))

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mbrl.collect import HostCollector, collect_device, init_device
+from mbrl.collect import HostCollector, collect_device, init_device, renew
 from mbrl.drivers import DeviceDriver, HostDriver, Source
 from mbrl.envs.pool import HostPool
 from mbrl.errors import UserError
@@ -206,6 +206,56 @@ def test_exploring_rows_hold_the_actions_taken():
     np.testing.assert_array_equal(
         np.asarray(actor.action)[~np.asarray(carry.is_first)], carry.action[~carry.is_first]
     )
+
+
+def numbered_env(costly: bool) -> JaxEnv:
+    """Episodes of 5 steps that show a number drawn at their start."""
+
+    def timestep(number, step):
+        obs = {"echo": jnp.stack([number, number]), "step": step}
+        return TimeStep(obs, jnp.zeros(()), step >= LENGTH, jnp.zeros((), bool))
+
+    def reset(key):
+        number, step = jax.random.uniform(key), jnp.zeros((), jnp.int32)
+        return (number, step), timestep(number, jnp.copy(step))
+
+    def step(state, action, key):
+        return (state[0], state[1] + 1), timestep(state[0], state[1] + 1)
+
+    return JaxEnv(SPEC, reset, step, costly)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 7])
+def test_costly_resets_are_drawn_in_advance_and_used_once(rows):
+    """However iterations and episodes overlap: no two episodes of any environment start alike."""
+    env, agent = numbered_env(True), scripted_agent()
+
+    def iteration(actor, carry, i):
+        carry = renew(env, carry, jax.random.fold_in(jax.random.key(7), i), rows, i)
+        key = jax.random.fold_in(jax.random.key(8), i)
+        return collect_device(env, agent, (), actor, carry, key, rows, explore=False)
+
+    step, actor, carry = jax.jit(iteration), agent.init_actor((), E), init_device(env, E, jax.random.key(0))
+    parts = []
+    for i in range(-(-10 * (LENGTH + 1) // rows)):
+        actor, carry, out, _ = step(actor, carry, i)
+        parts.append(as_numpy(out))
+    shown = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+    assert (shown.is_first.sum(0) >= 10).all()
+    starts = shown.obs["echo"][shown.is_first][:, 0]
+    assert len(set(starts.tolist())) == len(starts)
+
+
+def test_costly_resets_are_a_branch_for_several_seeds():
+    """They would run at every step if the branch became a selection under vmap."""
+
+    def collect(env):
+        carries = jax.vmap(lambda key: init_device(env, E, key))(jax.random.split(jax.random.key(0), 2))
+        one = lambda carry, i: renew(env, carry, jax.random.key(1), 4, i)
+        return str(jax.make_jaxpr(lambda carry, i: jax.vmap(one, (0, None))(carry, i))(carries, 3))
+
+    assert collect(numbered_env(True)).count("cond[") == 1
+    assert "cond[" not in collect(numbered_env(False))
 
 
 def test_host_collector_resumes(host_rows):

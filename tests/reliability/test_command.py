@@ -4,6 +4,7 @@ what it promises, a resumed run equals one that was never stopped."""
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+import mbrl
 from mbrl import checkpoints
 from mbrl.errors import UserError
 from mbrl.logger import read_metrics
@@ -31,6 +33,12 @@ TINY_TDMPC = """
     --loop.eval-every 0 --loop.checkpoint-every 128 --model.latent 8 --model.units 8
     --model.encoder-units 8 --agent.units 8 --search.samples 4 --search.elites 2
     --search.policy-samples 1 --search.iterations 2
+""".split()  # noqa: SIM905
+TINY_PETS = """
+    --preset s --loop.num-envs 2 --loop.prefill 64 --loop.pretrain 3 --loop.batch-size 4
+    --loop.train-ratio 8 --loop.collect-steps 8 --loop.eval-episodes 2 --loop.log-every 64
+    --loop.eval-every 0 --loop.checkpoint-every 192 --model.units 8 --model.layers 1 --search.horizon 2
+    --search.samples 4 --search.elites 2 --search.iterations 2
 """.split()  # noqa: SIM905
 
 
@@ -65,6 +73,9 @@ def command():
         ("--agent.lam 1.5", ["agent.lam", "1.5", "between 0 and 1"]),
         ("--agent.optimiser.learning-rate nan", ["optimiser.learning_rate", "nan"]),
         ("--task probe_action_discrete", ["agent.actor_grad", "dynamics", "discrete"]),
+        ("--task tmaze:5 --obs pixels", ["--task", "tmaze:5", "no pictures", "pendulum"]),
+        ("--task pendulum --obs pixels --camera.size 36", ["36 x 36", "multiples of"]),
+        ("--task pendulum --obs both --model.image-blocks 3", ["model.image_blocks", "3", "divide"]),
         ("--planner mpi", ["--planner", "mpi", "mppi", "none"]),
         ("--planner mppi --search.samples 32", ["search.elites", "64", "search.samples"]),
         ("--debug --num-seeds 2", ["--debug", "num_seeds is 2"]),
@@ -113,6 +124,8 @@ def test_too_much_memory_is_refused_before_the_folder_is_made(command, tmp_path)
         "--model.latent 12",
         "--preset 5m",
         "--loop.pretrain -1",
+        "--plan.uncertainty disagreement",
+        "--plan.explore disagreement=1",
     ],
 )
 def test_bad_input_of_tdmpc(tmp_path, flags):
@@ -128,14 +141,34 @@ def test_bad_input_of_tdmpc(tmp_path, flags):
     assert not folder.exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--planner none", ["--planner", "none", "cem"]),
+        ("--planner policy", ["--planner", "policy", "cem"]),
+        ("--model.elites 3", ["model.elites", "3", "model.holdout"]),
+        ("--model.propagation ts2", ["ts_inf"]),
+        ("--plan.uncertainty doubt=-1", ["plan.uncertainty", "doubt", "aleatoric, disagreement"]),
+    ],
+)
+def test_bad_input_of_pets(tmp_path, capsys, flags, words):
+    folder = tmp_path / "run"
+    with pytest.raises((UserError, SystemExit)) as error:
+        load("pets")(["--preset", "s", "--run-dir", str(folder), "--task", "pendulum", *flags.split()])
+    message = str(error.value) + capsys.readouterr().err
+    assert all(word in message for word in words), message
+    assert not folder.exists()
+
+
 def run(command, folder, *flags):
     command([*TINY, "--run-dir", str(folder), *flags])
     return folder
 
 
-def dreamer(model: str, task: str, marks=()):
-    more = ("--world-model", model)
-    return pytest.param("dreamer_dmc", TINY, task, 600, more, id=f"{model}-{task}", marks=marks)
+def dreamer(model: str, task: str, *more: str, marks=()):
+    name = f"{model}-{task}{'-pixels' if 'pixels' in more else ''}"
+    more = ("--world-model", model, *more)
+    return pytest.param("dreamer_dmc", TINY, task, 600, more, id=name, marks=marks)
 
 
 def tdmpc(task: str, *more: str, marks=()):
@@ -146,8 +179,10 @@ def tdmpc(task: str, *more: str, marks=()):
 CASES = [
     dreamer("rssm", "pendulum"),
     dreamer("rssm", "cartpole_swingup"),
+    dreamer("rssm", "pendulum", "--obs", "pixels", "--camera.size", "16"),
     tdmpc("cartpole_swingup", "--loop.env-workers", "1"),
     tdmpc("pendulum", marks=pytest.mark.slow),
+    pytest.param("pets", TINY_PETS, "pendulum", 600, (), id="pets-pendulum"),
     *(
         dreamer(model, task, marks=pytest.mark.slow)
         for model in ("s4wm", "r2i", "transformer", "koopman")
@@ -175,18 +210,22 @@ def test_resume_is_exact(request, capsys, tmp_path, script, tiny, task, steps, m
     part = tmp_path / "part"
     whole.rename(part)
     final = part / "checkpoints" / f"{found[-1]:012d}"
-    final.rename(tmp_path / "final")
-    rows = timeless(part)
+    expected, rows = leaves(final), timeless(part)
+    shutil.rmtree(final)
     resume = [*flags, "--run-dir", str(part), "--resume"]
     if request.node.get_closest_marker("slow"):
         subprocess.run([sys.executable, str(EXPERIMENTS / f"{script}.py"), *resume], check=True)
         with capsys.disabled():
-            print(f" {len(leaves(final))} arrays, {len(rows)} rows", end=" ")
+            print(f" {len(expected)} arrays, {len(rows)} rows", end=" ")
     else:
         command(resume)
     assert timeless(part) == rows
-    assert leaves(final) == leaves(tmp_path / "final")
+    assert leaves(final) == expected
     assert json.loads((part / "summary.json").read_text())["eval_return"] == summary["eval_return"]
+    films = sorted(path.name for path in part.glob("videos/*"))
+    assert films == (["open_loop_image.gif", "open_loop_image.png"] if "--obs" in more else [])
+    assert ("data:image/gif;base64," in (part / "report.html").read_text()) == bool(films)
+    assert mbrl.load(part).frames == found[-1]
 
 
 def test_xla_knows_the_flag_of_determinism(monkeypatch):
@@ -241,15 +280,12 @@ def timeless(folder):
 
 def leaves(checkpoint):
     """Every array of a checkpoint as bytes, whatever its structure, those of simulators included."""
-    import orbax.checkpoint as ocp
-
-    tree = ocp.StandardCheckpointer().restore((checkpoint / "state").absolute())
+    body = checkpoints._verified(checkpoint, ("",))
+    targets = {i: jax.ShapeDtypeStruct(x["shape"], x["dtype"]) for i, x in enumerate(body["leaves"])}
+    arrays = checkpoints._read_leaves(checkpoint, body, targets)
+    found = {leaf["path"]: np.asarray(x).tobytes() for leaf, x in zip(body["leaves"], arrays, strict=True)}
     with np.load(checkpoint / "extra.npz") as simulators:
-        tree = {"state": tree, "extra": dict(simulators)}
-    return {
-        jax.tree_util.keystr(path): np.asarray(x).tobytes()
-        for path, x in jax.tree_util.tree_leaves_with_path(tree)
-    }
+        return found | {f"simulators/{name}": array.tobytes() for name, array in simulators.items()}
 
 
 def test_a_folder_with_a_run_is_not_overwritten(command, tmp_path):

@@ -128,7 +128,7 @@ def test_rssm(golden):
                 node = node.setdefault(part, {})
             node[leaf] = array
     config = RSSMConfig(deter=32, hidden=8, stoch=4, classes=3, units=5, blocks=4)
-    ours = rssm.backbone(config, action_size=2).init(jax.random.key(0))
+    ours = rssm.backbone(config, action_size=2).init(jax.random.key(0), token_size=5)
     assert jax.tree.map(jnp.shape, ours) == jax.tree.map(jnp.shape, params)
 
     deter, stoch, action, token = (golden[f"rssm/{k}"] for k in ("deter", "stoch", "action", "token"))

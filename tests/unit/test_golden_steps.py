@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 import world_models
-from mbrl.agents import dreamer, tdmpc
+from mbrl.agents import dreamer, pets, tdmpc
+from mbrl.agents.pets import PETSConfig
 from mbrl.agents.tdmpc import TDMPCConfig
 from mbrl.config import config_type, load_factory, override
 from mbrl.types import Agent, ArraySpec, EnvSpec, Trajectory
@@ -38,6 +39,7 @@ MODELS = {
     "transformer": LATENT | dict(width=16, layers=2, heads=2, window=3),
     "koopman": LATENT | dict(width=16, modes=8),
     "tdmpc": dict(latent=8, simnorm=4, encoder_units=8, units=8, bins=15, bin_limit=4.0, episodic=True),
+    "ensemble": dict(members=3, elites=2, holdout=0.2, layers=1, units=8, episodic=True),
 }
 FAST = {"rssm", "tdmpc"}
 # Large, so that no rounding error of a gradient takes a full step.
@@ -45,13 +47,16 @@ EPS = {"optimiser": {"eps": 1e-3}, "actor_optimiser": {"eps": 1e-3}}
 
 
 def make_agent(name: str) -> Agent:
-    """TD-MPC2, or Dreamer on the other world models."""
+    """TD-MPC2 and PETS on their world models, Dreamer on the others."""
     factory = load_factory("world model", name, world_models.REGISTRY)
     fields = MODELS[name] | {"discount": DISCOUNT}
     model = factory(override(config_type(factory)(), fields), SPEC)
     if name == "tdmpc":
         config = override(TDMPCConfig(units=8, critics=3, bins=15, bin_limit=4.0), EPS)
         return tdmpc.make(config, SPEC, model, DISCOUNT, 100)
+    if name == "ensemble":
+        config = override(PETSConfig(), {"optimiser": EPS["optimiser"]})
+        return pets.make(config, SPEC, model, DISCOUNT, 100)
     return dreamer.make(override(AGENT, {"replay_context": False}), SPEC, model, DISCOUNT, 100)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -11,11 +13,13 @@ from mbrl import envs
 from mbrl.agents import dreamer
 from mbrl.agents.dreamer import DreamerConfig
 from mbrl.config import config_type, load_factory, override
-from mbrl.presets import ABOUT, DREAMER, MEMORY, TDMPC
+from mbrl.planning import PlanConfig
+from mbrl.presets import ABOUT, DREAMER, MEMORY, PETS, TDMPC
 from mbrl.probing import ProbeConfig
 from mbrl.programs import LoopConfig, make_clock
 from mbrl.types import ArraySpec, EnvSpec
 from world_models import rssm
+from world_models.ensemble import EnsembleConfig
 from world_models.rssm import RSSMConfig
 
 WALKER = EnvSpec(
@@ -65,6 +69,35 @@ def test_parameter_count(name):
     assert all(x.dtype == np.float32 for x in jax.tree.leaves(train.params))
 
 
+def image_parameters(depth: int, units: int, deter: int, stoch: int) -> tuple[int, int]:
+    """Of the published networks for one 64 x 64 RGB image, encoder and decoder, counted by hand: kernels and
+    biases of the layers, a scale per channel of each norm."""
+    down = [3, 2 * depth, 3 * depth, 4 * depth, 4 * depth]
+    up = [4 * depth, 4 * depth, 3 * depth, 2 * depth, 3]
+    convs = lambda widths: sum(25 * a * b + b for a, b in itertools.pairwise(widths))
+    small = 4 * 4 * 4 * depth
+    space = deter * small // 8 + small  # of h, in 8 blocks
+    space += stoch * 2 * units + 2 * (2 * units) + 2 * units * small + small  # of z, through twice the units
+    return convs(down) + sum(down[1:]), space + 4 * depth + convs(up) + sum(up[1:-1])
+
+
+@pytest.mark.parametrize("name", ["size12m", "size50m"])
+def test_parameter_count_of_pixels(name):
+    """The vector networks are gone, the image networks are there, and the posterior reads 256 features a depth."""
+    spec = EnvSpec("walker_walk_pixels", {"image": ArraySpec((64, 64, 3), "uint8")}, WALKER.action)
+    model, agent, _ = configs(name)
+    made = dreamer.make(agent, spec, rssm.make(model, spec), model.discount, 1000)
+    pixels, state = jax.eval_shape(made.init, jax.random.key(0)).params, shapes(name).params
+    depth, units = model.image_depth, model.units
+    assert depth == {"size12m": 16, "size50m": 32}[name]
+    encoder, decoder = image_parameters(depth, units, model.deter, model.stoch * model.classes)
+    assert count(pixels["model"]["image_encoder"]) == encoder
+    assert count(pixels["model"]["image_decoder"]) == decoder
+    tokens = 4 * 4 * 4 * depth - units  # more inputs of the posterior's first layer
+    vectors = count(state["model"]["encoder"]) + count(state["model"]["decoder"])
+    assert count(pixels) == count(state) - vectors + encoder + decoder + tokens * model.hidden
+
+
 def test_dynamics_of_size1m():
     """The recurrence alone, by the published formula."""
     assert count(shapes("size1m").params["model"]["backbone"]) == 364_416
@@ -105,6 +138,17 @@ def test_preset_is_consistent(name):
     assert per_step * loop.batch_size * loop.batch_length == pytest.approx(loop.train_ratio)
 
 
+@pytest.mark.parametrize("name", PETS)
+def test_pets_preset(name):
+    """Every elite runs an equal share of the particles; one update per agent step."""
+    values = PETS[name]
+    model, plan = override(EnsembleConfig(), values["model"]), override(PlanConfig(), values["plan"])
+    assert plan.particles % model.elites == 0
+    loop = override(LoopConfig(), values["loop"])
+    clock = make_clock(loop, 10_000, loop.batch_length + 1)
+    assert clock.updates == clock.rows * loop.num_envs
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_settings(name):
     """What all published sizes share: the defaults of the configs are the paper's numbers."""
@@ -132,6 +176,7 @@ def test_every_preset_is_described():
     assert {name: list(rows) for name, rows in ABOUT.items()} == {
         "DreamerV3": list(DREAMER),
         "TD-MPC2": list(TDMPC),
+        "PETS": list(PETS),
     }
     for name, about in ABOUT["DreamerV3"].items():
         number, unit = about.parameters.split()

@@ -1,0 +1,30 @@
+"""What adapters of simulators on the device have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mbrl.types import PyTree, TimeStep
+
+
+def contain(timestep: TimeStep) -> TimeStep:
+    """Ends the episode as truncated, with zeros in place of observation and reward, where one of their
+    numbers is not finite: what `HostPool` does on the host."""
+    numbers = [x for x in jax.tree.leaves((timestep.obs, timestep.reward)) if x.dtype.kind == "f"]
+    good = jnp.stack([jnp.isfinite(x).all() for x in numbers]).all()
+    obs, reward = jax.tree.map(lambda x: jnp.where(good, x, 0), (timestep.obs, timestep.reward))
+    return TimeStep(obs, reward, timestep.is_last | ~good, timestep.is_terminal & good)
+
+
+def typed(state: PyTree, like: PyTree) -> PyTree:
+    """``state`` with the types of ``like``, as a scan needs them, and no two leaves in one buffer, so that it
+    can be donated. Libraries return Python numbers, weak types and one zero for many entries."""
+    return jax.tree.map(lambda x, shape: jnp.array(x, shape.dtype), state, like)
+
+
+def in_range(action: jax.Array, low: Any, high: Any) -> jax.Array:
+    """An action in [-1, 1], clipped, as one in [low, high]."""
+    return low + (high - low) * (jnp.clip(action, -1.0, 1.0) + 1) / 2

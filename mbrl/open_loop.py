@@ -1,0 +1,140 @@
+"""Films of what a world model expects to see: truth, model and error, from pictures it saw to imagined ones.
+
+The model sees a few frames of a real episode, then only the actions that were taken (as arXiv 1912.01603,
+figure 4, shows it).
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mbrl.finished import Finished, expect
+from mbrl.images import is_image
+from mbrl.run_folder import write_atomic
+from mbrl.types import Trajectory
+
+CONTEXT = 5
+"""Frames that the model sees; what it makes of them is shown."""
+HORIZON = 45
+"""Frames that it predicts after them."""
+COLUMNS = 6
+"""Points of an episode that are predicted from, side by side."""
+STRIP = 10
+"""Moments that a strip shows, of the first of them."""
+NAME = "open_loop"
+
+
+def measure(run: Finished, seed: int | None = None) -> dict[str, np.ndarray]:
+    """Plays an episode of a seed and predicts it open-loop from points all along it.
+
+    Returns {image key: uint8 [T, 3, N, h, w, 3]}: T frames, of which the first `CONTEXT` were seen; truth,
+    model and error, in which grey is none; N points. Of stacked frames the newest is shown. Empty for a model
+    that does not decode, an environment without images and episodes too short to show anything.
+    """
+    images = [key for key, entry in run.spec.obs.items() if is_image(entry)]
+    params = run.learned(seed).params["model"]
+    _, played = run.play(1)
+    index = run.seeds.seeds.index(run.seeds.seeds[0] if seed is None else seed)
+    episode = jax.tree.map(lambda x: jnp.asarray(x[index]), played)
+    length = int(np.asarray(episode.is_last[:, 0]).argmax()) or episode.reward.shape[0] - 1
+    context, horizon = min(CONTEXT, length // 2), min(HORIZON, length - length // 2)
+    if not images or context < 1 or run.model.decode(params, _any_features(run, params)) is None:
+        return {}
+    episode = jax.tree.map(lambda x: x[: length + 1], episode)
+    last = length - horizon  # the latest point with so much ahead
+    points = np.linspace(min(context - 1, last), last, COLUMNS).astype(int)
+    drawn = jax.jit(_draw, static_argnums=(0, 3))(
+        run.model, params, episode, (tuple(points), context, horizon)
+    )
+    films = {}
+    for key in images:
+        shown = np.clip(np.asarray(drawn[key], np.float32), 0, 255)
+        moments = points + np.arange(1 - context, horizon + 1)[:, None]
+        truth = np.asarray(episode.obs[key][:, 0], np.float32)[np.maximum(moments, 0)]
+        error = np.clip((shown - truth) / 2 + 127.5, 0, 255)
+        films[key] = _newest(np.round(np.stack([truth, shown, error], 1)).astype(np.uint8))
+    return films
+
+
+def _any_features(run: Finished, params: Any) -> jax.Array:
+    return run.model.features(params, run.model.init_state(params, 1))
+
+
+def _draw(model, params, episode: Trajectory, where) -> dict[str, jax.Array]:
+    """{key: [T, N, h, w, c]} in bytes: reconstructions of the context, then the open-loop prediction."""
+    points, context, horizon = np.array(where[0]), where[1], where[2]
+    observe_key, key = jax.random.split(jax.random.key(0))
+    keys = jax.random.split(observe_key, episode.reward.shape[0])
+    seen = model.observe(params, model.init_state(params, 1), episode, keys)
+    states = jax.tree.map(lambda x: x[points], seen.starts.states)
+    actions = jnp.stack([episode.action[points + h] for h in range(1, horizon + 1)])
+    expected = expect(model, params, seen.starts._replace(states=states), actions, key)
+    before = np.maximum(points + np.arange(1 - context, 1)[:, None], 0)
+    decoded = model.decode(params, seen.features[before, 0])
+    predicted = {k: expected.obs[k][:, :, 0] for k in expected.obs if episode.obs[k].dtype == jnp.uint8}
+    return {k: jnp.concatenate([decoded[k].mode(), x]) for k, x in predicted.items()}
+
+
+def _newest(film: np.ndarray) -> np.ndarray:
+    """RGB of [..., c]: the newest of stacked frames; one channel becomes three."""
+    return film[..., -3:] if film.shape[-1] >= 3 else np.repeat(film[..., -1:], 3, -1)
+
+
+def grid(film: np.ndarray) -> np.ndarray:
+    """[T, 3, N, h, w, 3] -> frames [T, 3 h, N w, 3]."""
+    t, rows, n, h, w, c = film.shape
+    return film.transpose(0, 1, 3, 2, 4, 5).reshape(t, rows * h, n * w, c)
+
+
+def strip(film: np.ndarray) -> np.ndarray:
+    """[T, 3, N, h, w, 3] -> one picture [3 h, K w, 3] of the first point at K moments, evenly spread."""
+    moments = np.unique(np.linspace(0, len(film) - 1, STRIP).astype(int))
+    return grid(film[moments, :, :1].transpose(2, 1, 0, 3, 4, 5))[0]
+
+
+def encode(frames: np.ndarray, kind: str, per_second: int = 15) -> bytes:
+    """Frames [T, h, w, 3] as an animated GIF, or the first as a PNG; small ones are drawn larger."""
+    from PIL import Image  # matplotlib brings it
+
+    scale = max(1, 192 // frames.shape[1])
+    pictures = [Image.fromarray(x.repeat(scale, 0).repeat(scale, 1)) for x in frames]
+    buffer = io.BytesIO()
+    more = {"save_all": True, "append_images": pictures[1:], "duration": 1000 // per_second, "loop": 0}
+    pictures[0].save(buffer, format=kind, **(more if kind == "GIF" else {}))
+    return buffer.getvalue()
+
+
+def write(run: Finished, frames: int) -> list[Path]:
+    """Films of the first seed as ``videos/open_loop_KEY.gif``, strips of them as PNG, both also for
+    TensorBoard at step ``frames``. Returns the paths, none where there is nothing to see."""
+    videos, written, pictures = run.run_dir / "videos", [], {}
+    for key, film in measure(run).items():
+        videos.mkdir(exist_ok=True)
+        for kind, shown in (("GIF", grid(film)), ("PNG", strip(film)[None])):
+            path, data = videos / f"{NAME}_{key}.{kind.lower()}", encode(shown, kind)
+            write_atomic(path, data)
+            written.append(path)
+            pictures[path.name] = data, shown.shape
+    if pictures:
+        _to_tensorboard(run.run_dir / "tensorboard" / f"seed_{run.seeds.seeds[0]}", pictures, frames)
+    return written
+
+
+def _to_tensorboard(folder: Path, pictures: dict[str, tuple[bytes, tuple[int, ...]]], step: int) -> None:
+    """Encoded pictures as they are: TensorBoard plays a GIF."""
+    from tensorboardX import SummaryWriter, summary
+
+    writer: Any = SummaryWriter(str(folder))
+    for tag, (data, shape) in pictures.items():
+        image = summary.Summary.Image(
+            height=shape[1], width=shape[2], colorspace=3, encoded_image_string=data
+        )
+        entry = summary.Summary.Value(tag=tag, image=image)
+        writer.file_writer.add_summary(summary.Summary(value=[entry]), step)
+    writer.close()
