@@ -115,10 +115,10 @@ def compare(a: Path, b: Path, iterations: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=25)
-    parser.add_argument("--iterations", type=int, help="of the run, 8 frames each; 200 per kill by default")
+    parser.add_argument("--iterations", type=int, help="of the run, 8 frames each; 100 per kill by default")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
-    options.iterations = options.iterations or 200 * options.kills
+    options.iterations = options.iterations or 100 * options.kills
     rng, lost, torn = np.random.default_rng(options.seed), [], 0
     with tempfile.TemporaryDirectory() as folder:
         whole, killed = Path(folder) / "whole", Path(folder) / "killed"
