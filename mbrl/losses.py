@@ -6,6 +6,7 @@ Sequences are time-major: [T, ...] with any batch axes behind. Nothing here know
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import NamedTuple
 
 import jax
@@ -144,6 +145,11 @@ def update_scale(scale: Float[Array, ""], values: Array, rate: float = 0.01) -> 
     ``rate``: what the policy loss divides values by."""
     low, high = jnp.percentile(sg(values), jnp.array([5.0, 95.0]))
     return scale + rate * (jnp.maximum(high - low, 1.0) - scale)
+
+
+def unlearned_terminals(learned: Container[str], is_terminal: Bool[Array, "T *batch"]) -> dict[str, Array]:
+    """A metric: the share of terminal rows where no loss of a termination head is among the ``learned``."""
+    return {} if "termination" in learned else {"unlearned_terminals": is_terminal.mean()}
 
 
 # PETS (arXiv 1805.12114) ---------------------------------------------------------------------------------

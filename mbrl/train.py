@@ -192,6 +192,7 @@ class Monitor:
         self.returns = np.full(len(seeds), np.nan)  # of the latest episodes
         self.frozen = np.zeros(len(seeds), bool)
         self._news: list[int] = []  # positions of seeds that froze and were not asked for yet
+        self.warned = False  # of terminals that are not learned
         self.faults = np.zeros(len(seeds.own), int)  # of environments, since the start of this process
         self.now: tuple[int, int, Any] = (0, 0, None)  # frames, updates, metrics
         self.ended: list[Episodes] = []
@@ -245,6 +246,12 @@ class Monitor:
         values |= {"env_faults": faults} if faults.any() else {}
         self.logger.log(frames, values | {"time/train": train_seconds})
         self._report_frozen(frames, values.get("frozen", self.frozen) > 0)
+        if np.any(values.get("unlearned_terminals", 0) > 0) and not self.warned:
+            self.warned = True
+            self.progress.say(
+                "warning: episodes of this task terminate, and this world model does not learn when: start "
+                "again with --model.episodic True"
+            )
 
     def _total(self, ended: list[Episodes]) -> tuple[np.ndarray, np.ndarray]:
         """Number and summed return of episodes [S], added one after the other: a resumed run adds the

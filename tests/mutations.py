@@ -382,6 +382,23 @@ MUTATIONS = [
              "cut = int(0.25 * x.size)",
              "cut = int(0.34 * x.size)",
              "unit/test_statistics.py::test_iqm_is_scipys_trim_mean_as_in_rliable"),
+    # PETS.
+    Mutation("TS-infinity draws another member at every step", "world_models/ensemble.py",
+             "member = jnp.where(keep, state.member, drawn)",
+             "member = drawn",
+             "unit/test_ensemble.py::test_who_imagines_a_rollout"),
+    Mutation("held-out transitions are learned from", "world_models/ensemble.py",
+             "jnp.where(held[..., None], 0, weights)",
+             "weights",
+             "unit/test_ensemble.py::test_bootstrap_weights"),
+    Mutation("the elites are the worst members", "world_models/ensemble.py",
+             'top_k(-params["statistics"]["error"]',
+             'top_k(params["statistics"]["error"]',
+             "unit/test_ensemble.py::test_elites_have_the_smallest_errors"),
+    Mutation("plans explore in evaluation too", "mbrl/agents/planning.py",
+             'explore is None or mode == "eval"',
+             "explore is None",
+             "unit/test_uncertainty.py | exploration"),
 ]  # fmt: skip
 
 

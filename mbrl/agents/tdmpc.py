@@ -248,6 +248,7 @@ def make(config: TDMPCConfig, spec: EnvSpec, model: WorldModel, discount: float,
         value_loss = (weight * value.loss(goals)).mean()
         loss = loss + config.scale_value * value_loss
         metrics = {f"{name}_loss": mean for name, mean in means.items()} | seen.metrics
+        metrics |= losses.unlearned_terminals(means, traj.is_terminal)
         metrics |= {"value_loss": value_loss, "loss": loss, "target_value": target.mean()}
         return loss, (sg(seen.predicted), config.rho ** age.astype(jnp.float32), metrics)
 
