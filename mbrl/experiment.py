@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
 from mbrl import open_loop, processes
 from mbrl.config import check_config, differences, early_flags, override, parse_flags
@@ -19,7 +21,8 @@ from mbrl.envs.pixels import CAMERA, CameraConfig, Shown
 from mbrl.errors import UserError
 from mbrl.finished import learned_by, load
 from mbrl.images import is_image
-from mbrl.memory import check_memory
+from mbrl.memory import check_memory, compile_and_check
+from mbrl.population import check_varied, with_hyper
 from mbrl.processes import all_do, leads, one_voice
 from mbrl.programs import LoopConfig, make_clock
 from mbrl.run_folder import RunFolder
@@ -139,13 +142,18 @@ def default_folder(*parts: str) -> str:
 
 
 def execute(
-    config: C, kind: str, make_agent: Callable[[C, EnvSpec, int], Agent], extra_rows: int, name: str
+    config: C,
+    kind: str,
+    make_agent: Callable[[C, EnvSpec, int], Agent],
+    extra_rows: int,
+    name: str,
+    vary: Mapping[str, Sequence[float]] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Trains and evaluates; returns the summary that the run folder gets.
 
     kind: of agent, as `mbrl.load` knows it. make_agent(config, spec, total updates).
     extra_rows: rows of a sampled sequence beside the ``loop.batch_length`` that are trained.
-    name: of the agent, for titles.
+    name: of the agent, for titles. vary: numbers in which the seeds differ, {dotted field: [S]}.
     """
     check_config(config)
     if config.debug:
@@ -163,13 +171,14 @@ def execute(
     clock = make_clock(loop, config.steps, length)
     seeds = Seeds.make(config.seed, config.num_seeds, config.data_parallel)
     check_devices(config, seeds, source.env is None)
-    agent = make_agent(config, source.spec, clock.total_updates)
-    run = Run(agent, source, seeds, loop, clock, length)
+    build = lambda config: make_agent(config, source.spec, clock.total_updates)
+    check_varied(config, vary, build)
+    run = Run(with_hyper(build, config, list(vary)), source, seeds, loop, clock, length)
     run_dir = config.run_dir or default_folder(config.task, config.preset)
-    stored = {"agent": kind, "config": dataclasses.asdict(config)}
-    return launch(
-        run, stored, run_dir, f"{name}, {config.preset}", config.resume, config.video, config.from_run
-    )
+    stored = {"agent": kind, "config": dataclasses.asdict(config)} | ({"vary": dict(vary)} if vary else {})
+    start = {"hyper": {field: np.array(values, np.float32) for field, values in vary.items()}} if vary else {}
+    title = f"{name}, {config.preset}"
+    return launch(run, stored, run_dir, title, config.resume, config.video, config.from_run, start)
 
 
 def check_devices(config: Experiment, seeds: Seeds, host: bool) -> None:
@@ -201,21 +210,27 @@ def launch(
     resume: bool = False,
     video: bool = False,
     from_run: str = "",
+    start: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Trains ``run`` in its folder, new or resumed, draws its curve, prints its results, returns its summary.
 
-    stored: what config.json shall hold. name: of agent and settings, for titles.
+    stored: what config.json shall hold. name: of agent and settings, for titles. start: fields of the train
+    state that a new run begins with.
     """
-    check_memory(run, print)
+    least = check_memory(run)
     # Before anything is written: it may be refused.
     learned = learned_by(from_run, run.shapes().train, len(run.seeds)) if from_run and not resume else {}
+    learned = {**learned, **start}
     open_folder = RunFolder.open_for_resume if resume else partial(RunFolder.create, config=stored)
     folder = all_do(lambda: open_folder(run_dir), leader_only=True) or RunFolder.follow(run_dir)
     use_compilation_cache()
     task = run.source.spec.name
     with folder:
         print(f"{task}: {name}, run folder {folder.path}")
-        summary = train(run, folder, resume, video, learned)
+        programs, began = run.programs(), time.perf_counter()
+        compile_and_check(run, programs, least, print)
+        made = programs, time.perf_counter() - began
+        summary = train(run, folder, resume, video, learned, made)
         if any(map(is_image, run.source.spec.obs.values())) and jax.process_count() == 1:
             open_loop.write(load(folder.path), summary["env_steps"])
         if leads():

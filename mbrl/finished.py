@@ -21,6 +21,7 @@ from mbrl.drivers import Source, make_pool, stored_source
 from mbrl.errors import UserError, check_at_least
 from mbrl.imagination import rollout
 from mbrl.planning import PlanConfig
+from mbrl.population import with_hyper
 from mbrl.programs import EVALUATE, LoopConfig, stream
 from mbrl.run_folder import RunFolder
 from mbrl.seeds import Seeds
@@ -66,10 +67,14 @@ def rebuild(stored: Mapping[str, Any]) -> Parts:
         source = stored_source(config)
     except KeyError as error:
         raise UserError(f"config.json has no entry {error}, so the run cannot be rebuilt") from error
-    model = factory(settings.model, source.spec)
-    # The length of the run shapes the learning rate only, and a finished run learns no more.
-    agent = assemble(agents, settings, source.spec, model, 1, rules)
-    return Parts(source, model, agent, loop)
+
+    def build(settings) -> Agent:
+        model = factory(settings.model, source.spec)
+        # The length of the run shapes the learning rate only, and a finished run learns no more.
+        return assemble(agents, settings, source.spec, model, 1, rules)
+
+    agent = with_hyper(build, settings, list(stored.get("vary", ())))
+    return Parts(source, factory(settings.model, source.spec), agent, loop)
 
 
 def load(run_dir: str | os.PathLike, **acting: Any) -> Finished:
@@ -129,7 +134,7 @@ def learned_by(run_dir: str | os.PathLike, train: PyTree, num_seeds: int) -> dic
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), own)
         return checkpoints.restore(Path(run_dir) / "checkpoints", like, part=f".train.{name}").state
 
-    afresh = ("opt", "actor_opt", "updates")
+    afresh = ("opt", "actor_opt", "updates", "hyper")
     return {name: taken(name, getattr(train, name)) for name in train._fields if name not in afresh}
 
 

@@ -25,7 +25,7 @@ from mbrl.errors import UserError
 from mbrl.interruption import Interrupted, Interruption
 from mbrl.logger import Logger, Progress, read_metrics, results_table
 from mbrl.processes import agree
-from mbrl.programs import EVALUATE, Clock, LoopConfig, Programs, RunState, make_programs, stream
+from mbrl.programs import EVALUATE, Clock, LoopConfig, Programs, RunState, example_row, make_programs, stream
 from mbrl.replay import Replay
 from mbrl.run_folder import RunFolder
 from mbrl.seeds import Seeds
@@ -56,6 +56,27 @@ class Run(NamedTuple):
         """The whole state of the run, abstract: nothing is allocated."""
         return jax.eval_shape(lambda: self.programs().init(self.seeds.keys()))
 
+    def chunk_shapes(self) -> tuple[Any, ...]:
+        """The arguments of `Programs.chunk`, abstract."""
+        return self._spread(self.shapes()), self.seeds.keys(), np.int32(0)
+
+    def learn_shapes(self) -> tuple[Any, ...]:
+        """The arguments of `Programs.learn`, abstract."""
+        members, rows = len(self.seeds), self.clock.rows
+        row = jax.eval_shape(lambda: example_row(self.agent, self.source.spec, self.config.num_envs))
+        of = lambda tree, *axes: jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((*axes, *x.shape), x.dtype), tree
+        )
+        latents = [self._spread(of(row.latent, members)) for _ in range(rows)]
+        seen = of(row._replace(latent=()), members, rows)
+        seen = seen if jax.process_count() == 1 else self._spread(seen)
+        return self._spread(self.shapes()), seen, latents, self.seeds.keys(), np.int32(0)
+
+    def _spread(self, tree: Any) -> Any:
+        """Abstract arrays [S, ...] on the devices of the run."""
+        at = self.seeds.sharding
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree)
+
 
 def train(
     run: Run,
@@ -63,16 +84,19 @@ def train(
     resume: bool = False,
     video: bool = False,
     learned: Mapping[str, Any] = MappingProxyType({}),
+    made: tuple[Programs, float] | None = None,
 ) -> dict[str, Any]:
     """Trains to the end of the clock and returns the summary that it also writes to the run folder.
 
     resume: continue from the newest checkpoint of ``folder``. video: film one episode of the final policy.
     learned: what `mbrl.finished.learned_by` took from another run; the optimiser and replay start afresh.
+    made: the programs of ``run``, where they exist already, and the seconds that compiling them took.
     Raises Interrupted after SIGTERM or Ctrl-C, when the checkpoint is written, and UserError when no seed
     learns any more.
     """
     config, clock, seeds = run.config, run.clock, run.seeds
-    timer, programs, keys = Timer(), run.programs(), seeds.keys()
+    programs, compiling_seconds = made or (run.programs(), 0.0)
+    timer, keys = Timer(compiling_seconds), seeds.keys()
     driver, evaluate, filmed = _environments(run, programs, video)
     film = filmed if video and _can_film(filmed) else None
     dump = make_dumper(run.agent, run.ring(), seeds)
@@ -279,8 +303,8 @@ def _farewell(folder: RunFolder, frames: int, saved: bool) -> str:
 class Timer:
     """Wall seconds by purpose; a context manager per purpose. compile includes the first calls' work."""
 
-    def __init__(self):
-        self.seconds = {"compile": 0.0, "train": 0.0, "evaluate": 0.0, "save": 0.0}
+    def __init__(self, compiling: float = 0.0):
+        self.seconds = {"compile": compiling, "train": 0.0, "evaluate": 0.0, "save": 0.0}
 
     @contextmanager
     def __call__(self, name: str):

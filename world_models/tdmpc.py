@@ -4,7 +4,7 @@ future encodings and rewards, without a decoder (arXiv 2310.16828, section 3.1).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -60,6 +60,8 @@ class TDMPCModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the networks' activations; parameters, losses and optimiser stay float32."""
 
+    VARIES: ClassVar = ("discount", "encoder_lr_scale")
+
 
 class Latent(NamedTuple):
     """A latent [..., L], and the latent and the action [..., A] that led to it: zeros at an episode's start.
@@ -83,7 +85,7 @@ def make(config: TDMPCModelConfig, spec: EnvSpec) -> WorldModel:
     """TD-MPC2's world model for the observations and actions of ``spec``."""
     check(config)
     c, dtype = config, jnp.dtype(config.dtype)
-    discount = c.discount or episode_discount(spec.max_steps)
+    discount = episode_discount(spec.max_steps, c.discount)
     images, vectors = split_obs(spec.obs)
     obs_size = sum(s.size * (s.classes or 1) for s in vectors.values())
     obs_size += conv_size(stacked_shape(images), c.image_channels) if images else 0

@@ -37,11 +37,12 @@ class PETSConfig:
 
 
 class TrainState(NamedTuple):
-    """Everything that learns. params: {"model"}."""
+    """Everything that learns. params: {"model"}; hyper: as in `mbrl.population`, or ()."""
 
     params: dict[str, Any]
     opt: Any
     updates: Array
+    hyper: Any = ()
 
 
 class ActorState(NamedTuple):

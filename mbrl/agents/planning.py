@@ -84,7 +84,7 @@ def assemble(
     name.
     """
     check_numbers(config.plan)
-    discount = config.model.discount or episode_discount(spec.max_steps)
+    discount = episode_discount(spec.max_steps, config.model.discount)
     agent = agents.make(config.agent, spec, model, discount, updates)
     if config.planner == "none":
         return agent
