@@ -137,7 +137,8 @@ class Logger:
         wait for it for ever."""
         if self._tensorboard is None:
             return
-        from tensorboardX.proto.summary_pb2 import Summary  # here, because it loads protobuf
+        # Here, because it loads protobuf, whose classes are made at run time.
+        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
         if not self._events:
             try:
@@ -177,7 +178,7 @@ def _open(path: Path) -> Any:
 
 def _event(**fields: Any) -> bytes:
     """An event of TensorBoard as a record: length, checksum, message, checksum."""
-    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
     from tensorboardX.record_writer import masked_crc32c
 
     message = Event(wall_time=time.time(), **fields).SerializeToString()

@@ -315,7 +315,7 @@ MUTATIONS = [
     Mutation("the search collapses to a point", "planners/mppi.py",
              "std = jnp.clip(std, config.min_std, config.max_std)",
              "std = jnp.clip(std, 0.0, config.max_std)",
-             "unit/test_planning.py::test_mppi_step_as_in_tdmpc2"),
+             "unit/test_planning.py::test_mppi_spread_has_limits"),
     Mutation("old and new mean exchanged in CEM", "planners/cem.py",
              "config.smoothing * old + (1 - config.smoothing) * new",
              "(1 - config.smoothing) * old + config.smoothing * new",
