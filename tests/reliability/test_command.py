@@ -179,7 +179,7 @@ def tdmpc(task: str, *more: str, marks=()):
 CASES = [
     dreamer("rssm", "pendulum"),
     dreamer("rssm", "cartpole_swingup"),
-    dreamer("rssm", "pendulum", "--obs", "pixels", "--camera.size", "16"),
+    dreamer("rssm", "pendulum", "--obs", "pixels", "--camera.size", "16", marks=pytest.mark.slow),
     tdmpc("cartpole_swingup", "--loop.env-workers", "1"),
     tdmpc("pendulum", marks=pytest.mark.slow),
     pytest.param("pets", TINY_PETS, "pendulum", 600, (), id="pets-pendulum"),
