@@ -16,8 +16,7 @@ from mbrl import charts, published
 from mbrl.charts import Series, card, group, interval_chart, line_chart
 from mbrl.errors import UserError, check_at_least, check_between
 from mbrl.plots import save_figure
-from mbrl.report import FRAMES
-from mbrl.results import Result, flatten, read
+from mbrl.results import FRAMES, Result, flatten, read
 from mbrl.statistics import (
     Scores,
     aggregate_iqm,

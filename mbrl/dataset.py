@@ -3,10 +3,12 @@
 A dataset is a folder with ``dataset.json`` (what the arrays are and where they come from) and
 ``chunk-00000.npz`` and so on: whole episodes one after the other, rows as in `mbrl.types.Transition`, so
 ``action[t]`` led to ``obs[t]`` and every episode begins with ``is_first``. The arrays are plain NumPy.
+`mbrl.hdf5` reads what others have recorded.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -17,11 +19,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mbrl import checkpoints
+from mbrl import checkpoints, hdf5
 from mbrl.drivers import stored_source
 from mbrl.errors import UserError
 from mbrl.run_folder import RunFolder, write_atomic, write_json
-from mbrl.types import ArraySpec, EnvSpec, Trajectory
+from mbrl.types import EnvSpec, Trajectory
 
 SCHEMA = 1
 CHUNK_ROWS = 50_000
@@ -49,8 +51,7 @@ def from_run(run_dir: str | os.PathLike) -> Dataset:
         *(f".replay.data.{name}" for name in ("obs", *_FIELDS)),
         ".replay.inserted",
     )
-    config = stored["config"]
-    spec = stored_source(config).spec
+    spec = stored_source(stored).spec
     inserted = arrays.pop(".replay.inserted")
     rows: dict[str, Any] = {path.removeprefix(".replay.data."): x for path, x in arrays.items()}
     data = Trajectory(obs={k: rows[f"obs[{k!r}]"] for k in spec.obs}, **{k: rows[k] for k in _FIELDS})
@@ -60,7 +61,7 @@ def from_run(run_dir: str | os.PathLike) -> Dataset:
         for env in range(columns.reward.shape[1]):
             episodes += split(_map(lambda x, env=env: x[:, env], columns))
     name = Path(run_dir).resolve().name
-    return Dataset(spec, episodes, f"replay of {config['task']} run {name} after {step:,} frames")
+    return Dataset(spec, episodes, f"replay of {spec.name} run {name} after {step:,} frames")
 
 
 def split(column: Trajectory) -> list[Trajectory]:
@@ -86,7 +87,7 @@ def save(folder: str | os.PathLike, dataset: Dataset, chunk_rows: int = CHUNK_RO
         about = {
             "schema": SCHEMA,
             "source": dataset.source,
-            "spec": _spec_to_json(dataset.spec),
+            "spec": dataclasses.asdict(dataset.spec),
             "episodes": len(dataset.episodes),
             "rows": sum(len(e.reward) for e in dataset.episodes),
             "chunks": names,
@@ -96,18 +97,27 @@ def save(folder: str | os.PathLike, dataset: Dataset, chunk_rows: int = CHUNK_RO
         raise UserError(f"dataset {folder} cannot be written: {error.strerror or error}") from error
 
 
-def load(folder: str | os.PathLike) -> Dataset:
-    """Reads a dataset. Raises UserError when there is none, when it is damaged, or of a newer release."""
-    folder = Path(folder)
+def load(path: str | os.PathLike) -> Dataset:
+    """Reads a dataset: a folder that `save` wrote, the folder of a local Minari dataset, or a file
+    ``*.hdf5`` as D4RL has them. Raises UserError when there is none, when it is damaged, of a newer release,
+    or holds what no agent here can use."""
+    folder = Path(path)
+    if hdf5.is_minari(folder):
+        return Dataset(*hdf5.read_minari(folder))
+    if folder.suffix in (".hdf5", ".h5"):
+        return Dataset(*hdf5.read_d4rl(folder))
     try:
         about = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"there is no dataset in {folder}: dataset.json is missing") from None
+        raise UserError(
+            f"there is no dataset in {folder}: it must be a folder with dataset.json, which python -m mbrl "
+            "export writes, the folder of a Minari dataset, or a file *.hdf5"
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'dataset.json'} cannot be read: {error}") from error
     if about.get("schema") != SCHEMA:
         raise UserError(f"dataset {folder} has schema {about.get('schema')}, this release reads {SCHEMA}")
-    spec = _spec_from_json(about["spec"])
+    spec = EnvSpec.of_json(about["spec"])
     episodes = []
     for name in about["chunks"]:
         try:
@@ -124,6 +134,66 @@ def load(folder: str | os.PathLike) -> Dataset:
             f"dataset {folder} has {len(episodes)} episodes where it should have {about['episodes']}"
         )
     return Dataset(spec, episodes, about["source"])
+
+
+def load_joined(paths: str, task_spec: EnvSpec | None = None) -> Dataset:
+    """The episodes of several datasets, whose paths are separated by commas, as one.
+
+    task_spec: of the environment that they are used with. Raises UserError where they do not fit together.
+    """
+    named = [(path.strip(), load(path.strip())) for path in paths.split(",")]
+    spec = named[0][1].spec if task_spec is None else task_spec
+    for path, found in named:
+        check_fits(path, found.spec, spec)
+    episodes = [episode for _, found in named for episode in found.episodes]
+    return Dataset(spec, episodes, "; ".join(found.source for _, found in named))
+
+
+def check_fits(path: str, found: EnvSpec, wanted: EnvSpec) -> None:
+    """UserError unless what was recorded has the observations, actions and action repeat of ``wanted``."""
+    for key in sorted({*found.obs, *wanted.obs}):
+        ours, theirs = wanted.obs.get(key), found.obs.get(key)
+        if ours != theirs:
+            raise UserError(f"{path} does not fit {wanted.name}: obs[{key!r}] is {theirs}, expected {ours}")
+    if found.action != wanted.action:
+        raise UserError(f"{path} does not fit {wanted.name}: action is {found.action}, not {wanted.action}")
+    if found.action_repeat != wanted.action_repeat:
+        raise UserError(
+            f"{path} was recorded with an action repeat of {found.action_repeat}, {wanted.name} has "
+            f"{wanted.action_repeat}: set loop.action_repeat to {found.action_repeat}"
+        )
+
+
+def columns(dataset: Dataset, count: int, length: int) -> Trajectory:
+    """All rows as ``count`` columns of one length [N, count, ...], as replay holds those of environments.
+
+    Episodes follow one another and go on in the next column; fewer than ``count`` rows are left over. An
+    episode that was recorded from its middle begins there. Raises UserError where a column would be shorter
+    than ``length`` rows.
+    """
+    total = sum(len(e.reward) for e in dataset.episodes)
+    if total // count < length:
+        raise UserError(
+            f"--offline has {total} rows ({dataset.source}), it must have at least {count * length}: "
+            f"loop.num_envs {count} columns of one sequence each"
+        )
+
+    def joined(field: Any, kind: str) -> np.ndarray:
+        every = np.concatenate([np.asarray(field(e), kind) for e in dataset.episodes])[
+            : total // count * count
+        ]
+        return np.ascontiguousarray(every.reshape(count, total // count, *every.shape[1:]).swapaxes(0, 1))
+
+    kinds = dict(zip(_FIELDS, ("float32", "float32", "bool", "bool", "bool")))
+    rows: dict[str, Any] = {k: joined(lambda e, k=k: getattr(e, k), kind) for k, kind in kinds.items()}
+    obs: dict[str, Any] = {
+        k: joined(lambda e, k=k: e.obs[k], entry.dtype) for k, entry in dataset.spec.obs.items()
+    }
+    begins = joined(lambda e: np.arange(len(e.reward)) == 0, "bool")
+    rows["is_first"] = rows["is_first"] | begins
+    rows["action"][rows["is_first"]] = 0
+    rows["reward"][rows["is_first"]] = 0
+    return Trajectory(obs=obs, **rows)
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:
@@ -185,15 +255,3 @@ def _write_chunk(path: Path, episodes: list[Trajectory]) -> None:
     lengths = np.array([len(e.reward) for e in episodes])
     np.savez_compressed(buffer, allow_pickle=False, lengths=lengths, **arrays)
     write_atomic(path, buffer.getvalue())
-
-
-def _spec_to_json(spec: EnvSpec) -> dict[str, Any]:
-    array = lambda a: {"shape": list(a.shape), "dtype": a.dtype, "classes": a.classes}
-    entries = {"obs": {key: array(a) for key, a in spec.obs.items()}, "action": array(spec.action)}
-    return {"name": spec.name, "action_repeat": spec.action_repeat, "max_steps": spec.max_steps, **entries}
-
-
-def _spec_from_json(stored: dict[str, Any]) -> EnvSpec:
-    array = lambda a: ArraySpec(tuple(a["shape"]), a["dtype"], a["classes"])
-    obs = {key: array(a) for key, a in stored["obs"].items()}
-    return EnvSpec(stored["name"], obs, array(stored["action"]), stored["action_repeat"], stored["max_steps"])

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mbrl import envs
-from mbrl.collect import HostCollector
+from mbrl.collect import Episodes, HostCollector
 from mbrl.config import choose, override
 from mbrl.envs.pixels import CAMERA, CameraConfig, Shown
 from mbrl.envs.pool import HostPool
@@ -29,11 +29,21 @@ def _no_host(seed: int) -> HostEnv:
 
 class Source(NamedTuple):
     """Where experience comes from. env: one JAX environment, or None; make_host(seed) -> one host
-    environment, used when env is None, and sent to worker processes."""
+    environment, used when env is None, and sent to worker processes. With neither there is recorded
+    experience only."""
 
     spec: EnvSpec
     env: JaxEnv | None = None
     make_host: Callable[[int], HostEnv] = _no_host
+
+    @property
+    def playable(self) -> bool:
+        """Whether there is an environment."""
+        return self.env is not None or self.make_host is not _no_host
+
+
+NO_TASK = "none"
+"""Instead of a task: nothing but recorded episodes."""
 
 
 def make_source(
@@ -47,6 +57,8 @@ def make_source(
     both. backend: of dm_control's tasks, host or mjx (on the device); others have no choice. UserError for
     unknown names, and where nothing can be rendered."""
     check_at_least("loop.action_repeat", action_repeat, 1)
+    if task == NO_TASK:
+        raise UserError("--task none needs --offline DATA: without an environment nothing can be collected")
     choose("env_backend", backend, ["host", "mjx"])
     if backend == "mjx" and shown != "state":
         raise UserError(f"--obs {shown} needs --env-backend host: nothing is rendered on the device by mjx")
@@ -71,11 +83,37 @@ def make_source(
     return Source(env.spec, make_host=make_host)
 
 
-def stored_source(config: Mapping[str, Any]) -> Source:
-    """The environment of a run, from the config that it stored."""
+def stored_source(stored: Mapping[str, Any]) -> Source:
+    """The environment of a run, from what its ``config.json`` holds."""
+    config = stored["config"]
+    if config["task"] == NO_TASK and "spec" in stored:
+        return Source(EnvSpec.of_json(stored["spec"]))
     camera = override(CAMERA, config.get("camera", {}))
     shown, backend = config.get("obs", "state"), config.get("env_backend", "host")
     return make_source(config["task"], config["loop"]["action_repeat"], shown, camera, backend)
+
+
+class OfflineDriver:
+    """Advances a run that learns from the recorded episodes in its replay."""
+
+    stride = 1
+
+    def __init__(self, programs: Programs, num_seeds: int):
+        self.programs, self.num_seeds = programs, num_seeds
+
+    def advance(self, state: RunState, keys, iteration: int, learning: bool):
+        """As `DeviceDriver.advance`, with no episodes."""
+        none = np.zeros(self.num_seeds)
+        return *self.programs.update(state, keys, np.int32(iteration)), Episodes(none, none)
+
+    def faults(self) -> np.ndarray:
+        return np.zeros(1, int)
+
+    def get_state(self) -> dict[str, np.ndarray]:
+        return {}
+
+    def set_state(self, extra: dict[str, np.ndarray]) -> None:
+        pass
 
 
 class DeviceDriver:

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from mbrl import open_loop, processes
+from mbrl import dataset, open_loop, processes
 from mbrl.config import check_config, differences, early_flags, override, parse_flags
-from mbrl.drivers import make_source
+from mbrl.drivers import NO_TASK, Source, stored_source
 from mbrl.envs.pixels import CAMERA, CameraConfig, Shown
 from mbrl.errors import UserError
 from mbrl.finished import learned_by, load
@@ -24,11 +24,11 @@ from mbrl.images import is_image
 from mbrl.memory import check_memory, compile_and_check
 from mbrl.population import check_varied, with_hyper
 from mbrl.processes import all_do, leads, one_voice
-from mbrl.programs import LoopConfig, make_clock
+from mbrl.programs import LoopConfig, make_clock, make_offline_clock
 from mbrl.run_folder import RunFolder
 from mbrl.seeds import Seeds, use_compilation_cache, use_cpu_devices, use_debugging, use_determinism
 from mbrl.train import Run, finish, train
-from mbrl.types import Agent, EnvSpec
+from mbrl.types import Agent, EnvSpec, Trajectory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,8 @@ class Experiment:
 
     task: str = "cartpole_swingup"
     """A dm_control task by its usual name (walker_walk, cup_catch, ...), a JAX environment (pendulum,
-    tmaze:20), gym:NAME of gymnasium, or module:function of your own."""
+    tmaze:20), gym:NAME of gymnasium, or module:function of your own. With --offline the environment of the
+    evaluations, by default none."""
     env_backend: str = "host"
     """Where dm_control's tasks run: host, or mjx for those that MuJoCo MJX simulates on the device."""
     obs: Shown = "state"
@@ -51,13 +52,17 @@ class Experiment:
     num_seeds: int = 1
     """Independent runs in one compiled program (S)."""
     steps: int = 80_000
-    """Length of the run in simulator frames per seed, action repeat included."""
+    """Length of the run in simulator frames per seed, action repeat included. With --offline in updates, as
+    are the intervals of loop."""
     run_dir: str = ""
     """Run folder; empty makes a new one under runs/."""
     resume: bool = False
     """Continue the run in run_dir from its newest checkpoint, with the settings stored there."""
     from_run: str = ""
     """Start from what the agents in another run folder have learned; optimiser and replay start afresh."""
+    offline: str = ""
+    """Learn from recorded episodes and collect none: a folder that python -m mbrl export wrote, that of a
+    Minari dataset, a D4RL-style file *.hdf5, or several, separated by commas."""
     data_parallel: int = 1
     """Devices that share the batch of each seed; the others hold further seeds. May change on resume."""
     distributed: bool = False
@@ -85,7 +90,7 @@ def parse(
     parts: flags that decide which fields there are, by their default (world_model="rssm").
     """
     defaults = dict(preset=None, num_seeds=1, run_dir="", resume=False, data_parallel=1, distributed=False)
-    early = early_flags(argv, **defaults, deterministic=False, obs="state", **parts)
+    early = early_flags(argv, **defaults, deterministic=False, obs="state", offline="", **parts)
     if early.deterministic:
         use_determinism()
     if early.distributed:
@@ -103,6 +108,8 @@ def parse(
         device = "this machine has no accelerator" if cpu else f"found {jax.devices()[0].device_kind}"
         print(f"preset {early.preset}: {device}; choose another with --preset {{{','.join(presets)}}}")
     config = default(early.preset, **{name: getattr(early, name) for name in parts})
+    if early.offline:
+        config = dataclasses.replace(config, task=NO_TASK)
     return parse_flags(argv, config)
 
 
@@ -158,27 +165,52 @@ def execute(
     check_config(config)
     if config.debug:
         use_debugging(config.num_seeds)
-    source = make_source(
-        config.task, config.loop.action_repeat, config.obs, config.camera, config.env_backend
-    )
-    loop = dataclasses.replace(config.loop, action_repeat=source.spec.action_repeat)
+    stored = {"agent": kind, "config": dataclasses.asdict(config)}
+    length = config.loop.batch_length + extra_rows
+    if config.offline:
+        source, recorded, rows = find_data(config, length)
+        # Served in order first, recorded episodes would come one by one.
+        loop = dataclasses.replace(config.loop, replay_online=False)
+        clock = make_offline_clock(loop, config.steps, rows)
+        stored |= {"spec": dataclasses.asdict(source.spec), "rows": rows}
+    else:
+        source, recorded = stored_source(stored), None
+        loop = dataclasses.replace(config.loop, action_repeat=source.spec.action_repeat)
+        clock = make_clock(loop, config.steps, length)
     if loop.env_workers and source.env is not None:
         raise UserError(
             f"loop.env_workers is {loop.env_workers}, but {config.task} is part of the compiled program: it "
             "must be 0"
         )
-    length = loop.batch_length + extra_rows
-    clock = make_clock(loop, config.steps, length)
     seeds = Seeds.make(config.seed, config.num_seeds, config.data_parallel)
-    check_devices(config, seeds, source.env is None)
+    check_devices(config, seeds, source.env is None and source.playable)
     build = lambda config: make_agent(config, source.spec, clock.total_updates)
     check_varied(config, vary, build)
-    run = Run(with_hyper(build, config, list(vary)), source, seeds, loop, clock, length)
-    run_dir = config.run_dir or default_folder(config.task, config.preset)
-    stored = {"agent": kind, "config": dataclasses.asdict(config)} | ({"vary": dict(vary)} if vary else {})
+    run = Run(with_hyper(build, config, list(vary)), source, seeds, loop, clock, length, recorded)
+    run_dir = config.run_dir or default_folder(source.spec.name, config.preset)
+    stored |= {"vary": dict(vary)} if vary else {}
     start = {"hyper": {field: np.array(values, np.float32) for field, values in vary.items()}} if vary else {}
     title = f"{name}, {config.preset}"
     return launch(run, stored, run_dir, title, config.resume, config.video, config.from_run, start)
+
+
+def find_data(config: Experiment, length: int) -> tuple[Source, Trajectory | None, int]:
+    """The environment of a run that learns from recorded episodes; these, as columns of replay; their rows.
+
+    length: rows per sampled sequence. A resumed run has the episodes in its checkpoint and reads no file.
+    """
+    if config.resume:
+        before = RunFolder.config_of(config.run_dir)
+        return stored_source(before), None, before["rows"]
+    if config.task == NO_TASK:
+        found = dataset.load_joined(config.offline)
+        source = Source(found.spec)
+    else:
+        source = stored_source({"config": dataclasses.asdict(config)})
+        found = dataset.load_joined(config.offline, source.spec)
+    rows = dataset.columns(found, config.loop.num_envs, length)
+    print(f"{rows.reward.size:,} recorded rows: {found.source}")
+    return source, rows, len(rows.reward)
 
 
 def check_devices(config: Experiment, seeds: Seeds, host: bool) -> None:
@@ -231,8 +263,9 @@ def launch(
         compile_and_check(run, programs, least, print)
         made = programs, time.perf_counter() - began
         summary = train(run, folder, resume, video, learned, made)
-        if any(map(is_image, run.source.spec.obs.values())) and jax.process_count() == 1:
+        seen = run.source.playable and any(map(is_image, run.source.spec.obs.values()))
+        if seen and jax.process_count() == 1:
             open_loop.write(load(folder.path), summary["env_steps"])
         if leads():
-            finish(folder, summary, task, f"{task}: {name}")
+            finish(folder, summary, task, f"{task}: {name}", run.clock.unit)
     return summary

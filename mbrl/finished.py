@@ -64,7 +64,7 @@ def rebuild(stored: Mapping[str, Any]) -> Parts:
             plan=override(PlanConfig(), config.get("plan", {})),
         )
         loop = override(LoopConfig(), config["loop"])
-        source = stored_source(config)
+        source = stored_source(stored)
     except KeyError as error:
         raise UserError(f"config.json has no entry {error}, so the run cannot be rebuilt") from error
 
@@ -238,7 +238,7 @@ class Finished:
         Raises UserError where nothing can be rendered, with the reason.
         """
         index, source = self._index(seed), self.parts.source
-        if source.env is not None:
+        if source.env is not None or not source.playable:
             raise UserError(f"{self.spec.name} has no pictures: only environments on the host render")
         member = Seeds.make(self.seeds.seeds[index], 1)
         pool = make_pool(source, member, 1, purpose=1)
@@ -259,6 +259,10 @@ class Finished:
         check_at_least("episodes", episodes, 1)
         keys = self.seeds.program(lambda key: stream(key, EVALUATE, 0))(self.seeds.keys())
         source = self.parts.source
+        if not source.playable:
+            raise UserError(
+                f"{self.run_dir} learned from recorded episodes without an environment to play in"
+            )
         if source.env is not None:
             run = evaluation.make_device(self.agent, source.env, self.seeds, episodes, record)
             return run(self.train, keys)

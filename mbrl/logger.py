@@ -356,21 +356,22 @@ def results_table(
     wall_seconds: float,
     published: PublishedScore | None = None,
     seeds: Sequence[int] | None = None,
+    unit: str = "frames",
 ) -> Table:
     """The table printed at the end of a run (``rich.print(table)``).
 
     returns: [S, K] final evaluation returns of K episodes of each of S seeds. frames: simulator frames of
-    training per seed. published: ``published.score_at(task, frames)``. seeds: names of the rows, 0 to S - 1
-    by default. Shows each seed's mean +- standard deviation over episodes, then mean, IQM and the 95 %
-    bootstrap interval of the IQM over seeds. Seeds whose return is not finite are shown as failed and left
-    out of the aggregates, which then say how many seeds they cover.
+    training per seed, or ``unit``. published: ``published.score_at(task, frames)``. seeds: names of the rows,
+    0 to S - 1 by default. Shows each seed's mean +- standard deviation over episodes, then mean, IQM and the
+    95 % bootstrap interval of the IQM over seeds. Seeds whose return is not finite are shown as failed and
+    left out of the aggregates, which then say how many seeds they cover.
     """
     returns = np.asarray(returns, dtype=np.float64)
     if returns.ndim != 2 or returns.size == 0:
         raise ValueError(f"returns must be [seeds, episodes] and not empty, found shape {returns.shape}")
     episodes = returns.shape[1]
     table = Table(
-        title=f"{task} after {frames:,} frames", title_style="bold", caption_justify="left", min_width=48
+        title=f"{task} after {frames:,} {unit}", title_style="bold", caption_justify="left", min_width=48
     )
     table.add_column("")
     table.add_column("evaluation return", justify="right")

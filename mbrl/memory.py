@@ -66,10 +66,12 @@ def plan(state: RunState, share: float) -> Plan:
 def compiled_plan(run: Run, programs: Programs, least: Plan) -> Plan:
     """The plan with what the compiler says that learning takes. What is compiled for it is what the run will
     call, so that it is compiled once."""
-    device = run.source.env is not None
-    program, arguments = (
-        (programs.chunk, run.chunk_shapes()) if device else (programs.learn, run.learn_shapes())
-    )
+    if not run.clock.rows:
+        program, arguments = programs.update, run.chunk_shapes()
+    elif run.source.env is not None:
+        program, arguments = programs.chunk, run.chunk_shapes()
+    else:
+        program, arguments = programs.learn, run.learn_shapes()
     found = program.lower(*arguments).compile().memory_analysis()
     if found is None:
         return least

@@ -42,8 +42,10 @@ def save_curve(
     training: Sequence[Points] | None = None,
     published: PublishedCurve | None = None,
     title: str = "",
+    unit: str = "frames",
 ) -> None:
-    """Draw return against simulator frames and write it to ``path`` (PNG, replaced atomically).
+    """Draw return against simulator frames, or another ``unit``, and write it to ``path`` (PNG, replaced
+    atomically).
 
     evaluations: per seed, its evaluation points (frames, return): thin lines, with the IQM over seeds thick
     and its 95 % bootstrap interval shaded. training: per seed, its training episodes (frames, return): dots.
@@ -67,7 +69,7 @@ def save_curve(
 
     axes.set_xlim(0, 1.02 * last or 1.0)
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-    axes.set_xlabel("simulator frames")
+    axes.set_xlabel("simulator frames" if unit == "frames" else unit)
     axes.set_ylabel("episode return")
     axes.xaxis.set_major_formatter(lambda value, _: _short(value))
     _save(figure, axes, path, title)

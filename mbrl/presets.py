@@ -284,7 +284,7 @@ ABOUT: dict[str, dict[str, About]] = {
         "317M": About("312 M", "for accelerators", UNTRIED),
     },
     "PETS": {
-        "s": About("32 k", "not measured on an idle machine", "825 in training after 9,000 frames, iCEM"),
+        "s": About("32 k", "not measured on an idle machine", "833 in training after 11,000 frames, iCEM"),
         "paper": About("0.5 M", "for accelerators", UNTRIED),
     },
 }

@@ -27,6 +27,9 @@ from mbrl.types import Agent, Array, EnvSpec, JaxEnv, PyTree, Transition
 INIT, ENVS, ACT, UPDATE, EVALUATE, PRETRAIN = range(6)
 DIAGNOSE = 100  # far from the streams of a run
 
+OFFLINE_UPDATES = 20
+"""Updates per iteration of a run that learns from recorded episodes."""
+
 
 @dataclass(frozen=True)
 class LoopConfig:
@@ -77,7 +80,7 @@ class LoopConfig:
 class Clock(NamedTuple):
     """Static numbers of a run, in iterations unless said. rows: steps per environment and iteration (n);
     updates: per iteration (U); prefill, total; frames: simulator frames per iteration; capacity: rows;
-    pretrain: updates at the end of prefill."""
+    pretrain: updates at the end of prefill. unit: what ``frames`` counts, updates where there are none."""
 
     rows: int
     updates: int
@@ -86,6 +89,7 @@ class Clock(NamedTuple):
     frames: int
     capacity: int
     pretrain: int = 0
+    unit: str = "frames"
 
     @property
     def total_updates(self) -> int:
@@ -106,15 +110,7 @@ def make_clock(config: LoopConfig, steps: int, length: int) -> Clock:
     Raises UserError where the train ratio gives no whole number of updates, or prefill cannot fill a
     sequence, or the run ends before it learns.
     """
-    check_at_least("steps", steps, 1)
-    for field in ("num_envs", "action_repeat", "batch_size", "chunk", "log_every"):
-        check_at_least(f"loop.{field}", getattr(config, field), 1)
-    check_between("loop.eval_episodes", config.eval_episodes, 1, 10_000)
-    check_at_least("loop.batch_length", config.batch_length, 2)
-    check_at_least("loop.freeze_after", config.freeze_after, 1)
-    for field in ("prefill", "pretrain", "collect_steps", "eval_every", "checkpoint_every", "env_workers"):
-        check_at_least(f"loop.{field}", getattr(config, field), 0)
-    check_above("loop.env_timeout", config.env_timeout, 0)
+    _check_loop(config, steps)
     if not config.train_ratio > 0:
         raise UserError(f"loop.train_ratio is {config.train_ratio}, it must be above 0")
     per_update = config.batch_size * config.batch_length
@@ -158,6 +154,28 @@ def make_clock(config: LoopConfig, steps: int, length: int) -> Clock:
         )
     updates = round(rows * ratio / scale / per_update)
     return Clock(rows, updates, prefill, total, frames, capacity, config.pretrain)
+
+
+def make_offline_clock(config: LoopConfig, steps: int, rows: int) -> Clock:
+    """The clock of a run that learns from ``rows`` recorded rows of every column and collects nothing: it
+    counts updates, ``steps`` of them, and so do the intervals of ``config``."""
+    _check_loop(config, steps)
+    updates = min(OFFLINE_UPDATES, steps)
+    total = ceil(steps / updates)
+    return Clock(0, updates, prefill=0, total=total, frames=updates, capacity=rows, unit="updates")
+
+
+def _check_loop(config: LoopConfig, steps: int) -> None:
+    """UserError for numbers that no run could use."""
+    check_at_least("steps", steps, 1)
+    for field in ("num_envs", "action_repeat", "batch_size", "chunk", "log_every"):
+        check_at_least(f"loop.{field}", getattr(config, field), 1)
+    check_between("loop.eval_episodes", config.eval_episodes, 1, 10_000)
+    check_at_least("loop.batch_length", config.batch_length, 2)
+    check_at_least("loop.freeze_after", config.freeze_after, 1)
+    for field in ("prefill", "pretrain", "collect_steps", "eval_every", "checkpoint_every", "env_workers"):
+        check_at_least(f"loop.{field}", getattr(config, field), 0)
+    check_above("loop.env_timeout", config.env_timeout, 0)
 
 
 class Health(NamedTuple):
@@ -234,6 +252,8 @@ class Programs(NamedTuple):
     store(state, rows, latents) -> state: host prefill
     learn(state, rows, latents, keys, iteration) -> (state, metrics): host
     pretrain(state, keys) -> (state, metrics): the updates between prefill and the first iteration that learns
+    fill(state, rows) -> state: recorded rows [N, E, ...], the same for all seeds, into the empty replay
+    update(state, keys, iteration) -> (state, metrics): the updates of an iteration that collects nothing
     prefill(state, keys, iteration) -> (state, Episodes): device
     chunk(state, keys, iteration) -> (state, metrics, Episodes): device
     """
@@ -244,6 +264,8 @@ class Programs(NamedTuple):
     store: Callable
     learn: Callable
     pretrain: Callable
+    fill: Callable
+    update: Callable
     prefill: Callable
     chunk: Callable
 
@@ -279,14 +301,20 @@ def make_programs(
         latent = jax.tree.map(lambda *xs: jnp.stack(xs), *latents)
         return state._replace(replay=replay.add(state.replay, rows._replace(latent=latent)))
 
-    def learn(state, rows, latents, key, iteration):
-        state = store(state, rows, latents)
+    def update(state, key, iteration):
         key = stream(key, UPDATE, iteration)
         return update_loop(agent, replay, state, key, clock.updates, config.freeze_after)
+
+    def learn(state, rows, latents, key, iteration):
+        return update(store(state, rows, latents), key, iteration)
 
     def pretrain(state, key):
         key = stream(key, PRETRAIN, 0)
         return update_loop(agent, replay, state, key, clock.pretrain, config.freeze_after)
+
+    def fill(state: RunState, rows) -> RunState:
+        rows = rows._replace(latent=state.replay.data.latent)  # nothing was inferred yet: zeros
+        return state._replace(replay=replay.add(state.replay, rows))
 
     def collect(state: RunState, key, iteration, explore):
         assert env is not None
@@ -325,6 +353,8 @@ def make_programs(
         store=seeds.program(store, donate=0),
         learn=seeds.program(learn, shared=(4,), donate=0),
         pretrain=seeds.program(pretrain, donate=0),
+        fill=seeds.program(fill, shared=(1,), donate=0),
+        update=seeds.program(update, shared=(2,), donate=0),
         prefill=seeds.program(prefill, shared=(2,), donate=0),
         chunk=seeds.program(chunk, shared=(2,), donate=0),
     )

@@ -22,7 +22,6 @@ from mbrl.plots import aggregate
 from mbrl.results import Result, flatten, read
 from mbrl.run_folder import write_atomic, write_json
 
-FRAMES = "simulator frames"
 PREDICTION = "prediction.json"
 LATENT = {
     "kl": ("KL of posterior and prior", "nats per step"),
@@ -96,14 +95,15 @@ def _figures(result: Result) -> str:
     many = len(result.seeds) > 1
     figures = [
         (_number(returned["iqm"]), "return, IQM of seeds" if many else "return"),
-        (f"{summary['env_steps']:,}", "frames per seed"),
+        (f"{summary['env_steps']:,}", f"{result.unit.split()[-1]} per seed"),
         (str(len(result.seeds)), "seeds" if many else "seed"),
         (format_seconds(summary["wall_seconds"]), "wall time, all seeds"),
         (f"{summary['params']:,}", "parameters"),
     ]
     if low is not None:
         figures.insert(1, (f"{low:.0f} to {high:.0f}", "95 % interval of the IQM"))
-    if score := published.score_at(result.task, summary["env_steps"]):
+    score = None if result.offline else published.score_at(result.task, summary["env_steps"])
+    if score is not None:
         figures.insert(1, (f"{score.mean:.0f} ± {score.std:.0f}", "published at these frames"))
     items = "".join(f"<li><b>{escape(value)}</b><span>{escape(name)}</span></li>" for value, name in figures)
     return f"<ul class=figures>{items}</ul>"
@@ -118,7 +118,7 @@ def _curve(result: Result) -> str:
     points = [list(zip(result.frames, result.returns[:, i])) for i in range(len(result.seeds))]
     frames, centre, low, high = aggregate(points)
     series, note = [], ""
-    if (curve := published.curve(result.task)) is not None:
+    if not result.offline and (curve := published.curve(result.task)) is not None:
         until = max(1.5 * result.frames[-1], curve.frames[0])
         shown = curve.frames <= until
         mean, std = curve.mean[shown], curve.std[shown]
@@ -136,8 +136,8 @@ def _curve(result: Result) -> str:
             series.append(Series(label, result.frames, result.returns[:, i], kind="thin"))
         label = f"IQM of {len(result.seeds)} seeds, 95 % bootstrap interval"
         series.append(Series(label, frames, centre, low, high))
-    chart = line_chart(series, FRAMES, "episode return", zero=True)
-    return card("Return against frames", chart, note, wide=True)
+    chart = line_chart(series, result.unit, "episode return", zero=True)
+    return card(f"Return against {result.unit.split()[-1]}", chart, note, wide=True)
 
 
 def _distribution(result: Result) -> str:
@@ -167,7 +167,7 @@ def _seed_series(result: Result, name: str) -> list[Series]:
 
 def _lines(result: Result, names: list[str]) -> Iterator[str]:
     for name in names:
-        yield card(name.replace("_", " "), line_chart(_seed_series(result, name), FRAMES, name))
+        yield card(name.replace("_", " "), line_chart(_seed_series(result, name), result.unit, name))
 
 
 def _others(result: Result) -> list[str]:
@@ -192,7 +192,7 @@ def _latent(result: Result) -> Iterator[str]:
             )
         elif bound is not None:
             note = f"At most {bound:.1f} nats: {model['stoch']} latents of {model['classes']} classes."
-        yield card(title, line_chart(series, FRAMES, unit, zero=True), note)
+        yield card(title, line_chart(series, result.unit, unit, zero=True), note)
 
 
 def _throughput(result: Result) -> str:
@@ -204,14 +204,13 @@ def _throughput(result: Result) -> str:
     with np.errstate(divide="ignore", invalid="ignore"):
         learning = (np.diff(seconds) > 0) & (np.diff(updates) > 0)  # prefilling is another speed
         rate = lambda count: np.where(learning, np.diff(count) / np.diff(seconds), np.nan)
-        series = [
-            Series("frames per second and seed", frames[1:], rate(frames)),
-            Series("updates per second and seed", frames[1:], rate(updates), colour=1),
-        ]
+        series = [Series("updates per second and seed", frames[1:], rate(updates), colour=1)]
+        if not result.offline:
+            series.insert(0, Series("frames per second and seed", frames[1:], rate(frames)))
     summary = result.summary
     parts = {name: summary[f"{name}_seconds"] for name in ("train", "evaluate", "compile")}
     spent = ", ".join(f"{format_seconds(value)} {name}" for name, value in parts.items())
-    chart = line_chart(series, FRAMES, "per second", zero=True)
+    chart = line_chart(series, result.unit, "per second", zero=True)
     return card("Throughput", chart, f"Wall time: {spent}.", wide=False)
 
 

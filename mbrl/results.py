@@ -14,6 +14,8 @@ from mbrl.errors import UserError
 from mbrl.logger import read_metrics
 from mbrl.run_folder import RunFolder
 
+FRAMES = "simulator frames"
+
 
 class Result(NamedTuple):
     """A run. path: its folder. record: ``config.json``, whose entry "config" has the settings. summary:
@@ -43,6 +45,16 @@ class Result(NamedTuple):
         """Its name, with what the agent sees where that is not the state."""
         shown = self.config.get("obs", "state")
         return self.config["task"] + ("" if shown == "state" else f"_{shown}")
+
+    @property
+    def offline(self) -> bool:
+        """Whether it learned from recorded episodes."""
+        return bool(self.config.get("offline"))
+
+    @property
+    def unit(self) -> str:
+        """What the clock of the run counts."""
+        return "updates" if self.offline else FRAMES
 
     def metric(self, name: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """(frames [N], values [N]) of one logged metric of one seed; values that were not finite are NaN."""
@@ -79,7 +91,7 @@ def read(path: str | os.PathLike) -> Result:
     except (OSError, ValueError) as error:
         raise UserError(f"{path / 'summary.json'} cannot be read: {error}") from error
     if "evaluations" not in summary:
-        raise UserError(f"{path} holds no evaluations of an agent: its world model was trained alone")
+        raise UserError(f"{path} holds no evaluations of an agent: nothing was played")
     evaluations = summary["evaluations"]
     as_numbers = lambda values: np.array(values, np.float64)  # null, where a seed failed, is NaN
     return Result(

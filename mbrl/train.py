@@ -19,7 +19,7 @@ from mbrl import checkpoints, evaluation, finished, plots, published, replay, re
 from mbrl import video as video_module
 from mbrl.collect import Episodes
 from mbrl.diagnose import make_dumper
-from mbrl.drivers import DeviceDriver, HostDriver, Source, make_pool, make_workers
+from mbrl.drivers import DeviceDriver, HostDriver, OfflineDriver, Source, make_pool, make_workers
 from mbrl.envs.pool import HostPool
 from mbrl.errors import UserError
 from mbrl.interruption import Interrupted, Interruption
@@ -30,12 +30,12 @@ from mbrl.replay import Replay
 from mbrl.run_folder import RunFolder
 from mbrl.seeds import Seeds
 from mbrl.statistics import bootstrap_interval, iqm
-from mbrl.types import Agent, HostEnv
+from mbrl.types import Agent, HostEnv, Trajectory
 
 
 class Run(NamedTuple):
     """What a run is made of. length: rows per sampled sequence, batch_length plus one where replay supplies
-    the latent context."""
+    the latent context. recorded: rows [N, E, ...] that replay begins with where nothing is collected."""
 
     agent: Agent
     source: Source
@@ -43,6 +43,7 @@ class Run(NamedTuple):
     config: LoopConfig
     clock: Clock
     length: int
+    recorded: Trajectory | None = None
 
     def ring(self) -> Replay:
         c = self.config
@@ -57,7 +58,7 @@ class Run(NamedTuple):
         return jax.eval_shape(lambda: self.programs().init(self.seeds.keys()))
 
     def chunk_shapes(self) -> tuple[Any, ...]:
-        """The arguments of `Programs.chunk`, abstract."""
+        """The arguments of `Programs.chunk`, and of `Programs.update`, abstract."""
         return self._spread(self.shapes()), self.seeds.keys(), np.int32(0)
 
     def learn_shapes(self) -> tuple[Any, ...]:
@@ -97,7 +98,7 @@ def train(
     config, clock, seeds = run.config, run.clock, run.seeds
     programs, compiling_seconds = made or (run.programs(), 0.0)
     timer, keys = Timer(compiling_seconds), seeds.keys()
-    driver, evaluate, filmed = _environments(run, programs, video)
+    driver, (evaluate, filmed) = _driver(run, programs), _evaluation(run, video)
     film = filmed if video and _can_film(filmed) else None
     dump = make_dumper(run.agent, run.ring(), seeds)
     eval_keys = seeds.program(lambda key: stream(key, EVALUATE, 0))(keys)
@@ -105,6 +106,8 @@ def train(
         state = jax.block_until_ready(programs.init(keys))
     if learned:
         state = state._replace(train=finished.start_from(learned, state.train))
+    if run.recorded is not None:
+        state = programs.fill(state, run.recorded)
     iteration, evaluations, segments = 0, [], []  # evaluations: (frames, returns [S, episodes])
     if resume:
         # Abstract: two states at once may not fit.
@@ -124,7 +127,7 @@ def train(
         Progress(clock.total * clock.frames, iteration * clock.frames) as progress,
         Interruption() as interruption,
     ):
-        monitor = Monitor(seeds, logger, progress)
+        monitor = Monitor(seeds, logger, progress, clock.unit)
         if resume:
             logger.truncate_to(iteration * clock.frames)
             monitor.set_pending(meta["pending"])
@@ -148,7 +151,7 @@ def train(
             scheduled, stop = end or iteration % due["save"] == 0, agree(interruption.number or 0)
             if scheduled or evaluating or iteration % due["log"] == 0:
                 monitor.request(timer.seconds["train"])
-            if evaluating:
+            if evaluating and evaluate is not None:
                 with timer("train"):
                     jax.block_until_ready(state)
                 monitor.flush()
@@ -156,8 +159,8 @@ def train(
                     returns = evaluate(state.train, eval_keys)
                 evaluations.append([frames, returns.tolist()])
                 logger.log(frames, {"eval_return": returns.mean(1)})
-                progress.say(_evaluation_line(frames, returns, timer))
-                folder.write_summary(summarise(evaluations, timer, updates, state.train, seeds))
+                progress.say(_evaluation_line(frames, returns, timer, clock.unit))
+                folder.write_summary(summarise(frames, evaluations, timer, updates, state.train, seeds))
             if scheduled or stop:
                 monitor.flush()
                 logger.flush()
@@ -169,34 +172,45 @@ def train(
                         folder.checkpoints, frames, state, extra, meta, segments=segments
                     )
                 if stop and not end:
-                    raise Interrupted(_farewell(folder, frames, saved), stop)
+                    raise Interrupted(_farewell(folder, f"{frames:,} {clock.unit}", saved), stop)
             for seed in monitor.newly_frozen():
                 where = dump(state, keys, seed, folder, frames)
                 progress.say(f"seed {seeds.seeds[seed]}: {where}")
             if monitor.frozen.all():
                 raise UserError(
-                    f"no seed learns any more at {frames:,} frames: none of their updates is finite; lower "
-                    "optimiser.learning_rate, or look at what was dumped"
+                    f"no seed learns any more at {frames:,} {clock.unit}: none of their updates is finite; "
+                    "lower optimiser.learning_rate, or look at what was dumped"
                 )
-    if film is not None:
+    if film is not None and evaluate is not None:
         path = folder.videos / f"{clock.total * clock.frames}.mp4"
         video_module.record(path, film, lambda watch: evaluate(state.train, eval_keys, watch))
-    return summarise(evaluations, timer, clock.total_updates, state.train, seeds)
+    total = clock.total * clock.frames
+    return summarise(total, evaluations, timer, clock.total_updates, state.train, seeds)
 
 
-def _environments(run: Run, programs: Programs, video: bool):
-    """The driver, the evaluation function and its first host environment, for either side of the border."""
-    agent, source, seeds, config = run.agent, run.source, run.seeds, run.config
+def _driver(run: Run, programs: Programs) -> OfflineDriver | DeviceDriver | HostDriver:
+    """What advances the run, for either side of the border and for neither."""
+    source, seeds, config = run.source, run.seeds, run.config
+    if not run.clock.rows:
+        return OfflineDriver(programs, len(seeds))
     if source.env is not None:
-        evaluate = evaluation.make_device(agent, source.env, seeds, config.eval_episodes)
-        return DeviceDriver(programs, config.chunk), evaluate, None
+        return DeviceDriver(programs, config.chunk)
     pool = make_workers(source, seeds, config.num_envs, 0, config)
+    return HostDriver(programs, pool, seeds, config.num_envs, run.clock.rows)
+
+
+def _evaluation(run: Run, video: bool):
+    """The evaluation function and its first host environment; None where there is none."""
+    agent, source, seeds, config = run.agent, run.source, run.seeds, run.config
+    if not source.playable:
+        return None, None
+    if source.env is not None:
+        return evaluation.make_device(agent, source.env, seeds, config.eval_episodes), None
     # What is filmed must be in this process.
     make = make_pool if video else partial(make_workers, config=config)
-    eval_pool = make(source, seeds, config.eval_episodes, purpose=1)
-    evaluate = evaluation.make_host(agent, eval_pool, seeds, config.eval_episodes)
-    filmed = eval_pool.envs[0] if isinstance(eval_pool, HostPool) else None
-    return HostDriver(programs, pool, seeds, config.num_envs, run.clock.rows), evaluate, filmed
+    pool = make(source, seeds, config.eval_episodes, purpose=1)
+    filmed = pool.envs[0] if isinstance(pool, HostPool) else None
+    return evaluation.make_host(agent, pool, seeds, config.eval_episodes), filmed
 
 
 def _can_film(env: HostEnv | None) -> bool:
@@ -211,8 +225,8 @@ def _can_film(env: HostEnv | None) -> bool:
 class Monitor:
     """Turns what iterations return into rows of metrics, fetched while the next iteration computes."""
 
-    def __init__(self, seeds: Seeds, logger: Logger, progress: Progress):
-        self.seeds, self.logger, self.progress = seeds, logger, progress
+    def __init__(self, seeds: Seeds, logger: Logger, progress: Progress, unit: str = "frames"):
+        self.seeds, self.logger, self.progress, self.unit = seeds, logger, progress, unit
         self.returns = np.full(len(seeds), np.nan)  # of the latest episodes
         self.frozen = np.zeros(len(seeds), bool)
         self._news: list[int] = []  # positions of seeds that froze and were not asked for yet
@@ -288,16 +302,16 @@ class Monitor:
     def _report_frozen(self, frames: int, frozen) -> None:
         for i in np.flatnonzero(frozen & ~self.frozen):
             self.progress.say(
-                f"seed {self.seeds.seeds[i]} learns no more from {frames:,} frames: its updates are not "
+                f"seed {self.seeds.seeds[i]} learns no more from {frames:,} {self.unit}: its updates are not "
                 "finite; others go on"
             )
             self._news.append(int(i))
         self.frozen = np.asarray(frozen)
 
 
-def _farewell(folder: RunFolder, frames: int, saved: bool) -> str:
-    what = f"checkpoint at {frames:,} frames" if saved else "the newest older checkpoint"
-    return f"stopped at {frames:,} frames; --resume --run-dir {folder.path} continues from {what}"
+def _farewell(folder: RunFolder, where: str, saved: bool) -> str:
+    what = f"checkpoint at {where}" if saved else "the newest older checkpoint"
+    return f"stopped at {where}; --resume --run-dir {folder.path} continues from {what}"
 
 
 class Timer:
@@ -313,20 +327,18 @@ class Timer:
         self.seconds[name] += time.perf_counter() - began
 
 
-def _evaluation_line(frames: int, returns: np.ndarray, timer: Timer) -> str:
+def _evaluation_line(frames: int, returns: np.ndarray, timer: Timer, unit: str) -> str:
     per_seed = ", ".join(f"{mean:.0f}" for mean in returns.mean(1))
     return (
-        f"evaluation at {frames:,} frames, {timer.seconds['train']:.0f} s of training: return {per_seed} "
+        f"evaluation at {frames:,} {unit}, {timer.seconds['train']:.0f} s of training: return {per_seed} "
         f"(mean of {returns.shape[1]} episodes{' per seed' if len(returns) > 1 else ''})"
     )
 
 
-def summarise(evaluations, timer: Timer, updates: int, train, seeds: Seeds) -> dict[str, Any]:
-    """The contents of ``summary.json``; seconds are wall time, ``eval_return`` is the latest evaluation."""
-    frames, returns = evaluations[-1]
-    per_seed = np.mean(returns, 1)
-    low, high = bootstrap_interval(per_seed)
-    return {
+def summarise(frames: int, evaluations, timer: Timer, updates: int, train, seeds: Seeds) -> dict[str, Any]:
+    """The contents of ``summary.json``; seconds are wall time, ``eval_return`` is the latest evaluation, and
+    is missing where there is none."""
+    summary = {
         "env_steps": frames,
         "wall_seconds": sum(timer.seconds.values()),
         "train_seconds": timer.seconds["train"],
@@ -335,20 +347,27 @@ def summarise(evaluations, timer: Timer, updates: int, train, seeds: Seeds) -> d
         "updates": updates,
         "params": sum(x.size for x in jax.tree.leaves(train.params)) // len(seeds),
         "seeds": list(seeds.seeds),
-        "eval_return": {
-            "per_seed": per_seed,
-            "episodes": returns,
-            "mean": per_seed.mean(),
-            "iqm": iqm(per_seed),
-            "ci": [low, high],
-        },
+    }
+    if not evaluations:
+        return summary
+    returns = evaluations[-1][1]
+    per_seed = np.mean(returns, 1)
+    latest = {"per_seed": per_seed, "episodes": returns, "mean": per_seed.mean(), "iqm": iqm(per_seed)}
+    return summary | {
+        "eval_return": latest | {"ci": list(bootstrap_interval(per_seed))},
         "evaluations": [{"env_steps": step, "per_seed": np.mean(values, 1)} for step, values in evaluations],
     }
 
 
-def finish(folder: RunFolder, summary: dict[str, Any], task: str, title: str) -> None:
+def finish(folder: RunFolder, summary: dict[str, Any], task: str, title: str, unit: str = "frames") -> None:
     """Draws ``curve.png`` beside the published curve of the task and prints the results table."""
     from rich.console import Console
+
+    if "evaluations" not in summary:
+        folder.write_summary(summary)
+        print(f"nothing was evaluated, as there is no environment; metrics and checkpoints: {folder.path}")
+        return
+    comparable = unit == "frames"  # published curves count frames
 
     seeds = summary["seeds"]
     evaluations = [
@@ -356,9 +375,10 @@ def finish(folder: RunFolder, summary: dict[str, Any], task: str, title: str) ->
     ]
     rows = [row for row in read_metrics(folder) if row.get("episode_return") is not None]
     training = [[(r["step"], r["episode_return"]) for r in rows if r["seed"] == seed] for seed in seeds]
-    plots.save_curve(folder.curve, evaluations, training, published.curve(task), title)
-    score = published.score_at(task, summary["env_steps"])
+    curve = published.curve(task) if comparable else None
+    plots.save_curve(folder.curve, evaluations, training, curve, title, unit)
+    score = published.score_at(task, summary["env_steps"]) if comparable else None
     returns, wall = summary["eval_return"]["episodes"], summary["wall_seconds"]
-    Console().print(results_table(task, summary["env_steps"], returns, wall, score, seeds))
+    Console().print(results_table(task, summary["env_steps"], returns, wall, score, seeds, unit))
     report.write_at_end(folder)
     print(f"report.html, curve, metrics and checkpoints: {folder.path}")

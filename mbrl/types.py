@@ -55,6 +55,13 @@ class EnvSpec:
     action_repeat: int = 1
     max_steps: int | None = None
 
+    @classmethod
+    def of_json(cls, stored: dict[str, Any]) -> EnvSpec:
+        """The spec of which ``dataclasses.asdict``, after a trip through JSON, is ``stored``."""
+        array = lambda a: ArraySpec(tuple(a["shape"]), a["dtype"], a["classes"])
+        obs = {key: array(a) for key, a in stored["obs"].items()}
+        return cls(stored["name"], obs, array(stored["action"]), stored["action_repeat"], stored["max_steps"])
+
 
 class TimeStep(NamedTuple):
     """What one environment returns from reset and step. No batch axis, or [E, ...] from a pool.

@@ -129,9 +129,9 @@ def test_host_pictures():
 def test_source_of_a_stored_run():
     """Runs of before, without a camera, have the state."""
     config = {"task": "pendulum", "loop": {"action_repeat": 2}}
-    assert "image" not in stored_source(config).spec.obs
+    assert "image" not in stored_source({"config": config}).spec.obs
     seen = {"obs": "pixels", "camera": dataclasses.asdict(CameraConfig(size=16))}
-    assert stored_source(config | seen).spec.obs["image"].shape == (16, 16, 3)
+    assert stored_source({"config": config | seen}).spec.obs["image"].shape == (16, 16, 3)
 
 
 def test_refusals(monkeypatch):
