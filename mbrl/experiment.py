@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
 
-from mbrl import dataset, open_loop, processes
+from mbrl import dataset, open_loop, processes, sinks
 from mbrl.config import check_config, differences, early_flags, override, parse_flags
 from mbrl.drivers import NO_TASK, Source, stored_source
 from mbrl.envs.pixels import CAMERA, CameraConfig, Shown
@@ -70,6 +70,8 @@ class Experiment:
     by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. May change on resume."""
     video: bool = False
     """Film one episode of the final policy into videos/ of the run folder (dm_control and gymnasium)."""
+    sinks: tuple[Literal["wandb", "trackio"], ...] = ()
+    """Where metrics go beside metrics.jsonl and TensorBoard: wandb, trackio (extras of these names)."""
     debug: bool = False
     """Run the same code without compiling, one seed: slow, for breakpoints and prints."""
     deterministic: bool = False
@@ -163,6 +165,7 @@ def execute(
     name: of the agent, for titles. vary: numbers in which the seeds differ, {dotted field: [S]}.
     """
     check_config(config)
+    sinks.check(config.sinks)
     if config.debug:
         use_debugging(config.num_seeds)
     stored = {"agent": kind, "config": dataclasses.asdict(config)}
@@ -191,7 +194,9 @@ def execute(
     stored |= {"vary": dict(vary)} if vary else {}
     start = {"hyper": {field: np.array(values, np.float32) for field, values in vary.items()}} if vary else {}
     title = f"{name}, {config.preset}"
-    return launch(run, stored, run_dir, title, config.resume, config.video, config.from_run, start)
+    return launch(
+        run, stored, run_dir, title, config.resume, config.video, config.from_run, start, config.sinks
+    )
 
 
 def find_data(config: Experiment, length: int) -> tuple[Source, Trajectory | None, int]:
@@ -243,6 +248,7 @@ def launch(
     video: bool = False,
     from_run: str = "",
     start: Mapping[str, Any] = MappingProxyType({}),
+    sink_names: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Trains ``run`` in its folder, new or resumed, draws its curve, prints its results, returns its summary.
 
@@ -259,10 +265,12 @@ def launch(
     task = run.source.spec.name
     with folder:
         print(f"{task}: {name}, run folder {folder.path}")
+        opened = sinks.open_all(sink_names if leads() else (), folder, f"{task}: {name}")
+        print("compiling", flush=True)
         programs, began = run.programs(), time.perf_counter()
         compile_and_check(run, programs, least, print)
         made = programs, time.perf_counter() - began
-        summary = train(run, folder, resume, video, learned, made)
+        summary = train(run, folder, resume, video, learned, made, opened)
         seen = run.source.playable and any(map(is_image, run.source.spec.obs.values()))
         if seen and jax.process_count() == 1:
             open_loop.write(load(folder.path), summary["env_steps"])

@@ -11,7 +11,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from rich.table import Table
 
 from mbrl.published import PublishedScore
 from mbrl.run_folder import jsonable, write_atomic
+from mbrl.sinks import Sink
 from mbrl.statistics import bootstrap_interval, iqm
 
 
@@ -35,12 +36,21 @@ class Logger:
     row: rows are written when a later step is logged, and by ``flush`` and ``close``. Call ``flush`` before a
     checkpoint is saved.
 
-    folder: the run folder. seeds: the members' integers [S]. tensorboard: False writes no events. When the
-    disk is full there is one warning and the rows are lost; the run goes on and the file stays readable.
+    folder: the run folder. seeds: the members' integers [S]. tensorboard: False writes no events. sinks: get
+    the same numbers as TensorBoard, seeds as ``seed_0/name`` and their mean as ``name``. When the disk is
+    full there is one warning and the rows are lost, a sink that fails is left out with one; the run goes on
+    and the file stays readable.
     """
 
-    def __init__(self, folder: str | os.PathLike, seeds: Sequence[int], tensorboard: bool = True):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        seeds: Sequence[int],
+        tensorboard: bool = True,
+        sinks: Sequence[Sink] = (),
+    ):
         root = Path(folder)
+        self._sinks, self._sent = list(sinks), -1  # sinks cannot forget: what they had is not sent again
         root.mkdir(parents=True, exist_ok=True)
         self.path = root / "metrics.jsonl"
         self.seeds, self.num_seeds = list(seeds), len(seeds)
@@ -71,6 +81,7 @@ class Logger:
         for seed, row in enumerate(self._rows):
             row.update({name: column[seed] for name, column in columns.items()})
         self._log_tensorboard(step, columns)
+        self._log_sinks(step, columns)
 
     def flush(self) -> None:
         """Write the rows that wait for more values of their step, in one call of the operating system."""
@@ -84,11 +95,11 @@ class Logger:
         """Forget everything after ``step``: call it once on resume, with the step of the checkpoint.
 
         Removes later rows and a torn last line from ``metrics.jsonl`` (atomically) and tells TensorBoard to
-        drop later events.
+        drop later events. Sinks get the steps only that they did not have.
         """
         self._rows, self._step, self._purge_step = [], None, int(step) + 1
         self._file.close()
-        truncate_metrics(self.path, step)
+        self._sent = truncate_metrics(self.path, step)
         self._file = _open(self.path)
 
     def close(self) -> None:
@@ -98,6 +109,8 @@ class Logger:
         self.flush()
         for file in (self._file, *self._events):
             file.close()
+        for sink in list(self._sinks):
+            self._guarded(sink, sink.close)
 
     def __enter__(self) -> Logger:
         return self
@@ -171,6 +184,27 @@ class Logger:
         for file in self._events:
             self._append(file, begin)
 
+    def _log_sinks(self, step: int, columns: Mapping[str, np.ndarray]) -> None:
+        if step <= self._sent:
+            return
+        values = {}
+        for name, column in columns.items():
+            numbers = column.astype(np.float64)
+            seeds = zip(self.seeds, numbers) if self.num_seeds > 1 else ()
+            values |= {f"seed_{seed}/{name}": float(x) for seed, x in seeds if np.isfinite(x)}
+            if np.isfinite(numbers).any():
+                values[name] = float(numbers[np.isfinite(numbers)].mean())
+        for sink in list(self._sinks):
+            self._guarded(sink, sink.log, values, step)
+
+    def _guarded(self, sink: Sink, call: Callable[..., Any], *args: Any) -> None:
+        """Other people's servers must not end a run."""
+        try:
+            call(*args)
+        except Exception as error:
+            self._sinks.remove(sink)
+            warnings.warn(f"{sink.name} is left out from now on: {error}", RuntimeWarning, stacklevel=2)
+
 
 def _open(path: Path) -> Any:
     return open(path, "ab", buffering=0)  # unbuffered: a row is whole or was never written
@@ -208,20 +242,23 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def truncate_metrics(path: str | os.PathLike, step: int) -> None:
-    """Remove the rows after ``step`` and every unreadable line from the file, atomically."""
+def truncate_metrics(path: str | os.PathLike, step: int) -> int:
+    """Remove the rows after ``step`` and every unreadable line from the file, atomically. Returns the last
+    step that it had, -1 for none."""
     path = Path(path)
     if not path.exists():
-        return
+        return -1
 
-    def kept(line: bytes) -> bool:
+    def step_of(line: bytes) -> float:
         try:
-            return json.loads(line)["step"] <= step
+            return json.loads(line)["step"]
         except (ValueError, KeyError, TypeError):
-            return False
+            return np.inf
 
     lines = path.read_bytes().split(b"\n")[:-1]
-    write_atomic(path, b"".join(line + b"\n" for line in lines if kept(line)))
+    steps = [step_of(line) for line in lines]
+    write_atomic(path, b"".join(line + b"\n" for line, at in zip(lines, steps) if at <= step))
+    return int(max((at for at in steps if at < np.inf), default=-1))
 
 
 def _drop_torn_line(path: Path) -> None:
@@ -272,7 +309,8 @@ class Progress:
         seconds = now - then
         per_second = (step - first_step) / seconds if seconds > 0 else float("nan")
         updates_per_second = (self._marks[-1][2] - first_updates) / seconds if seconds > 0 else float("nan")
-        eta = (self.total - step) / per_second if per_second > 0 else float("nan")
+        known = updates and per_second > 0  # prefilling is another speed
+        eta = (self.total - step) / per_second if known else float("nan")
         texts = {
             "returns": f"return {format_returns(returns)}",
             "rates": f"{_rate(updates_per_second)} updates/s  {_rate(per_second)} steps/s",
@@ -285,6 +323,10 @@ class Progress:
         self._latest = f"{step:,} / {self.total:,} steps ({percent})  " + "  ".join(texts.values())
         if now - self._printed >= self.every:
             self._print_latest(now)
+
+    def compiled(self) -> None:
+        """Measure speeds from now on: what came before was compiling."""
+        self._marks.clear()
 
     def say(self, message: str) -> None:
         """Print a line of its own, above the bar."""

@@ -226,6 +226,19 @@ def test_progress_without_a_terminal_prints_plain_lines(monkeypatch):
     assert "\x1b" not in console.file.getvalue()
 
 
+def test_no_speed_is_shown_before_there_is_one(monkeypatch):
+    """Neither while prefilling, which is another speed than learning, nor of the time that compiling took."""
+    clock = [0.0]
+    monkeypatch.setattr("mbrl.logger.time.monotonic", lambda: clock[0])
+    console = plain_console()
+    with Progress(1000, every=1.0, console=console) as progress:
+        for clock[0], steps, updates in ((1.0, 10, 0), (2.0, 100, 0), (32.0, 110, 5), (33.0, 120, 10)):
+            if clock[0] == 32.0:
+                progress.compiled()
+            progress.update(steps, updates=updates)
+    assert [line.split("ETA ")[1] for line in console.file.getvalue().splitlines()] == ["-", "-", "-", "1:28"]
+
+
 def test_progress_on_a_terminal_is_a_bar():
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     with Progress(1000, start=500, console=console) as progress:
