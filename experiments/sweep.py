@@ -29,10 +29,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from mbrl.config import check_config, run_main
+from mbrl.config import check_config, early_flags, run_main
+from mbrl.drivers import NO_TASK
 from mbrl.errors import UserError, check_at_least
 from mbrl.population import can_vary, look_up, with_values
-from mbrl.run_folder import RunFolder, jsonable, write_json
+from mbrl.run_folder import RunFolder, jsonable, portable, write_json
 from mbrl.statistics import bootstrap_interval, iqm
 
 
@@ -118,10 +119,15 @@ def train_group(found: SimpleNamespace, base: Any, group: list[dict], fields: li
     check_config(config)
     folder = Path(config.run_dir)
     if (folder / "config.json").exists():
-        stored, mine = RunFolder.config_of(folder), jsonable(dataclasses.asdict(config))
-        if stored.get("vary", {}) != jsonable(vary) or stored["config"] != mine | {"run_dir": folder.name}:
+        stored, anywhere = RunFolder.config_of(folder), {"run_dir": ""}
+        mine = jsonable(portable(dataclasses.asdict(config) | anywhere))
+        if stored.get("vary", {}) != jsonable(vary) or stored["config"] | anywhere != mine:
             raise UserError(f"{folder} is of another sweep: give another --sweep-dir")
-        config = dataclasses.replace(config, resume=True)
+        if RunFolder.has_checkpoint(folder):
+            config = dataclasses.replace(config, resume=True)
+        else:
+            aside = RunFolder.set_aside(folder)
+            print(f"{folder} was stopped before its first checkpoint: it is now {aside}, and starts anew")
     return found.run(config, *found.parts, vary=vary)
 
 
@@ -144,17 +150,31 @@ def report(rows: list[dict[str, Any]], folder: Path) -> None:
     Console().print(table)
 
 
+def check_flags(flags: Sequence[str]) -> None:
+    """UserError for flags of the experiment that the sweep would override."""
+    own = dict(seed=None, num_seeds=None, run_dir=None, resume=False)
+    given = early_flags(flags, **own, distributed=False)
+    if given.distributed:
+        raise UserError("--distributed is not for sweeps: a sweep runs in one process")
+    for name, unset in own.items():
+        if getattr(given, name) != unset:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} belongs to the sweep itself: give it before --, or not at all")
+
+
 def main(argv: Sequence[str]) -> None:
     own, _, flags = (list(part) for part in _split(argv))
     config = tyro.cli(Config, args=own)
     check_at_least("num_seeds", config.num_seeds, 1)
-    for name in ("--num-seeds", "--seed", "--run-dir", "--resume"):
-        if name in flags:
-            raise UserError(f"{name} belongs to the sweep itself: give it before --, or not at all")
+    check_flags(flags)
     folder = Path(config.sweep_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-sweep")
     # As many seeds as all settings could need: the CPU's virtual devices are counted from it.
     count = config.trials if config.search == "random" else np.prod([1 + v.count(",") for v in config.vary])
     found = experiment(config.script, [*flags, "--num-seeds", str(count * config.num_seeds)])
+    if found.config.task == NO_TASK:
+        raise UserError(
+            "a sweep compares returns: with --offline, name the environment to evaluate in by --task"
+        )
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for setting in settings(config, found.config):
         fixed = tuple((k, v) for k, v in setting.items() if not can_vary(found.config, k))

@@ -162,7 +162,8 @@ def execute(
 
     kind: of agent, as `mbrl.load` knows it. make_agent(config, spec, total updates).
     extra_rows: rows of a sampled sequence beside the ``loop.batch_length`` that are trained.
-    name: of the agent, for titles. vary: numbers in which the seeds differ, {dotted field: [S]}.
+    name: of the agent, for titles. vary: numbers in which the seeds differ, {dotted field: [S]}; a resumed
+    run has those of its folder.
     """
     check_config(config)
     sinks.check(config.sinks)
@@ -188,6 +189,8 @@ def execute(
     seeds = Seeds.make(config.seed, config.num_seeds, config.data_parallel)
     check_devices(config, seeds, source.env is None and source.playable)
     build = lambda config: make_agent(config, source.spec, clock.total_updates)
+    if config.resume:
+        vary = RunFolder.config_of(config.run_dir).get("vary", {})
     check_varied(config, vary, build)
     run = Run(with_hyper(build, config, list(vary)), source, seeds, loop, clock, length, recorded)
     run_dir = config.run_dir or default_folder(source.spec.name, config.preset)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import platform
@@ -52,7 +53,7 @@ class RunFolder:
                     f"run folder {root} already holds a run ({found}): give --resume to continue it, or "
                     "another --run-dir"
                 )
-            record = {**_portable(config), "versions": versions(), "machine": machine(), "commit": commit()}
+            record = {**portable(config), "versions": versions(), "machine": machine(), "commit": commit()}
             write_json(folder.config_path, record)  # first: a folder whose making failed here is still free
             for directory in (folder.checkpoints, folder.tensorboard, folder.videos):
                 directory.mkdir(exist_ok=True)
@@ -74,7 +75,7 @@ class RunFolder:
         """
         root = Path(path)
         cls.config_of(root)
-        if not any(root.glob("checkpoints/[0-9]*/manifest.json")):
+        if not cls.has_checkpoint(root):
             raise UserError(
                 f"--resume found no finished checkpoint in {root}: start a new run in another folder"
             )
@@ -95,6 +96,26 @@ class RunFolder:
         folder = cls(Path(hidden.name), None)
         folder.shared, folder._hidden = Path(path), hidden  # kept: it is deleted with its last reference
         return folder
+
+    @staticmethod
+    def set_aside(path: str | os.PathLike) -> Path:
+        """Rename the folder of a run to a free name beside it, which is returned; ``path`` is free then.
+
+        Raises UserError when another live process holds the folder, or when it cannot be renamed.
+        """
+        root = Path(path)
+        names = (root.with_name(f"{root.name}-stopped{i}") for i in itertools.count(1))
+        with RunFolder(root, _take(root, create=False)):
+            aside = next(name for name in names if not name.exists())
+            try:
+                return root.rename(aside)
+            except OSError as error:
+                raise UserError(_unwritable(root, error)) from error
+
+    @staticmethod
+    def has_checkpoint(path: str | os.PathLike) -> bool:
+        """Whether the run in ``path`` has a finished checkpoint, from which it can be resumed."""
+        return any(Path(path).glob("checkpoints/[0-9]*/manifest.json"))
 
     @staticmethod
     def config_of(path: str | os.PathLike) -> dict[str, Any]:
@@ -233,6 +254,17 @@ def jsonable(value: Any) -> Any:
     return str(value)
 
 
+def portable(value: Any) -> Any:
+    """``value`` with every absolute path replaced by its last part."""
+    if isinstance(value, dict):
+        return {str(key): portable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [portable(item) for item in value]
+    if isinstance(value, (str, os.PathLike)) and os.path.isabs(os.fspath(value)):
+        return Path(value).name
+    return value
+
+
 def versions() -> dict[str, str | None]:
     """Versions of what a result depends on; None for a package that is not installed."""
 
@@ -295,17 +327,6 @@ def _cpu_model() -> str:
     except OSError:
         pass
     return platform.processor() or "unknown"
-
-
-def _portable(value: Any) -> Any:
-    """``value`` with every absolute path replaced by its last part."""
-    if isinstance(value, dict):
-        return {str(key): _portable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_portable(item) for item in value]
-    if isinstance(value, (str, os.PathLike)) and os.path.isabs(os.fspath(value)):
-        return Path(value).name
-    return value
 
 
 def _unwritable(root: Path, error: OSError) -> str:

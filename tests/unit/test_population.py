@@ -14,19 +14,22 @@ import pytest
 
 import planners
 import world_models.tdmpc
-from mbrl.agents import dreamer, tdmpc
+from mbrl.agents import dreamer, pets, tdmpc
+from mbrl.agents.pets import PETSConfig
 from mbrl.agents.planning import assemble
 from mbrl.agents.tdmpc import TDMPCConfig
 from mbrl.errors import UserError
 from mbrl.optimisers import OptimiserConfig
-from mbrl.planning import PlanConfig
+from mbrl.planning import PlanConfig, RuleConfig
 from mbrl.population import check_varied, varying, with_hyper, with_values
 from mbrl.programs import example_row
 from mbrl.types import ArraySpec, EnvSpec
+from planners.cem import CEMConfig
 from planners.mppi import MPPIConfig
 from tests.helpers import AGENT, MODEL, TDMPC_MODEL
 from tests.mesh import ENV, regression
-from world_models import rssm
+from world_models import ensemble, rssm
+from world_models.ensemble import EnsembleConfig
 
 SPEC = EnvSpec("two", {"x": ArraySpec((2,))}, ArraySpec((1,)), 1, 50)
 
@@ -82,13 +85,17 @@ def make_tdmpc(config):
     return assemble(tdmpc, config, SPEC, model, 100, planners.REGISTRY)
 
 
+def make_pets(config):
+    return assemble(pets, config, SPEC, ensemble.make(config.model, SPEC), 100, planners.REGISTRY)
+
+
 @dataclass(frozen=True)
 class Parts:
     """An experiment's parts."""
 
     model: object
     agent: object
-    search: MPPIConfig = field(default_factory=MPPIConfig)
+    search: RuleConfig = field(default_factory=MPPIConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     planner: str = "mppi"
 
@@ -97,6 +104,15 @@ CASES = {
     "dreamer": (make_dreamer, Parts(MODEL, AGENT)),
     "dreamer, dynamics": (make_dreamer, Parts(MODEL, replace(AGENT, actor_grad="dynamics"))),
     "tdmpc": (make_tdmpc, Parts(TDMPC_MODEL, TDMPCConfig(units=8, critics=3, bins=15, bin_limit=4.0))),
+    "pets": (
+        make_pets,
+        Parts(
+            EnsembleConfig(members=2, elites=2, layers=1, units=8),
+            PETSConfig(),
+            CEMConfig(horizon=2, iterations=2, samples=6, elites=3),
+            planner="cem",
+        ),
+    ),
 }
 
 
@@ -106,7 +122,7 @@ def test_nothing_branches_on_what_may_vary(case):
     shapes of the agent as it is."""
     build, config = CASES[case]
     names = varying(config)
-    assert "agent.optimiser.learning_rate" in names and "model.discount" in names
+    assert "agent.optimiser.learning_rate" in names and ("model.discount" in names) == (case != "pets")
     agent, plain = with_hyper(build, config, names), build(config)
 
     def everything(agent, key):

@@ -84,6 +84,17 @@ def test_a_refused_folder_is_not_kept_locked(tmp_path):
     RunFolder.open_for_resume(tmp_path).close()
 
 
+def test_a_folder_is_set_aside(tmp_path):
+    """Whole, under a free name, and not while it is in use."""
+    path, (first, second) = tmp_path / "run", (tmp_path / f"run-stopped{i}" for i in (1, 2))
+    with RunFolder.create(path, {"task": "first"}), pytest.raises(UserError, match="in use"):
+        RunFolder.set_aside(path)
+    assert RunFolder.set_aside(path) == first and not path.exists()
+    RunFolder.create(path, {"task": "second"}).close()
+    assert RunFolder.set_aside(path) == second
+    assert [RunFolder.config_of(one)["task"] for one in (first, second)] == ["first", "second"]
+
+
 def test_resume_without_run_or_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"config\.json is missing") as error:
         RunFolder.open_for_resume(tmp_path / "nothing")

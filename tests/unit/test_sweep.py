@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from mbrl import experiment as experiments
 from mbrl.agents.dreamer import DreamerConfig
+from mbrl.drivers import NO_TASK
 from mbrl.errors import UserError
-from mbrl.experiment import Experiment
+from mbrl.experiment import Experiment, execute
+from mbrl.run_folder import RunFolder
 from tests.helpers import script
+from tests.mesh import regression
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +31,15 @@ class Settings(Experiment):
 
 @pytest.fixture
 def sweep(monkeypatch):
-    """``sweep(flags) -> runs``: the module's main with an experiment whose result is known: 100 x the entropy
-    weight of a member, and its units."""
+    """``sweep(flags) -> runs``: the module's main with an experiment that makes its folder, and whose result
+    is known: 100 x the entropy weight of a member, and its units."""
     main = script("sweep")
     runs = []
 
     def run(config, kind, make_agent, extra_rows, name, vary):
         runs.append((config, vary))
+        if not config.resume:
+            RunFolder.create(config.run_dir, {"config": asdict(config), "vary": vary}).close()
         entropies = vary.get("agent.entropy", [config.agent.entropy] * config.num_seeds)
         return {"eval_return": {"per_seed": [100 * x + config.agent.units for x in entropies]}}
 
@@ -96,6 +103,11 @@ def test_random_search_draws_from_ranges_and_lists(sweep, tmp_path):
         (["--vary", "agent.entropy=a,b"], "it must be float"),
         (["--vary", "agent.entropy=0.1:0.2"], "--search random"),
         (["--vary", "agent.entropy=0.1,0.2", "--", "--seed", "3"], "--seed belongs to the sweep"),
+        (["--vary", "agent.entropy=0.1,0.2", "--", "--seed=0"], "--seed belongs to the sweep"),
+        (["--vary", "agent.entropy=0.1,0.2", "--", "--num_seeds", "6"], "--num-seeds belongs to the sweep"),
+        (["--vary", "agent.entropy=0.1,0.2", "--", "--run-dir=x"], "--run-dir belongs to the sweep"),
+        (["--vary", "agent.entropy=0.1,0.2", "--", "--resume"], "--resume belongs to the sweep"),
+        (["--vary", "agent.entropy=0.1,0.2", "--", "--distributed"], "--distributed is not for sweeps"),
         (["--vary", "agent.units=0.5"], "it must be int"),
     ],
 )
@@ -110,3 +122,41 @@ def test_a_folder_of_another_sweep_is_refused(sweep, tmp_path):
     (tmp_path / "group0" / "config.json").write_text(json.dumps(stored))
     with pytest.raises(UserError, match="of another sweep"):
         sweep("--sweep-dir", str(tmp_path), "--vary", "agent.entropy=0.1,0.2")
+
+
+def test_nothing_to_compare_is_refused(sweep, tmp_path):
+    """Before anything is trained: recorded episodes and no environment give no returns."""
+    sweep.found.config = replace(sweep.found.config, offline="data", task=NO_TASK)
+    with pytest.raises(UserError, match="--task"):
+        sweep("--sweep-dir", str(tmp_path), "--vary", "agent.entropy=0.1,0.2")
+
+
+def test_the_same_command_goes_on(sweep, tmp_path, monkeypatch):
+    """In a relative folder, with absolute paths among the settings: what has a checkpoint is resumed, what was
+    stopped before it starts anew, and its folder is kept."""
+    monkeypatch.chdir(tmp_path)
+    paths = {"offline": str(tmp_path / "data"), "from_run": str(tmp_path / "run")}
+    sweep.found.config = replace(sweep.found.config, **paths)
+    flags = ["--sweep-dir", "runs/x", "--vary", "agent.entropy=0.1,0.2", "agent.units=8,16"]
+    first = list(sweep(*flags))
+    checkpoint = Path("runs/x/group0/checkpoints/100/manifest.json")
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
+    for stopped in ("group1-stopped1", "group1-stopped2"):
+        (resumed, vary), again = sweep(*flags)
+        assert resumed == replace(first[0][0], resume=True) and vary == first[0][1] and again == first[1]
+        assert RunFolder.config_of(f"runs/x/{stopped}")["vary"] == vary
+
+
+def test_a_member_is_resumed_by_its_own_script(tmp_path, monkeypatch):
+    """``execute`` without ``vary``, as an experiment calls it: the numbers are those of the run folder."""
+    runs = []
+    monkeypatch.setattr(experiments, "launch", lambda run, stored, *_: runs.append((run, stored)) or {})
+    config = Settings(task="pendulum", num_seeds=2, run_dir=str(tmp_path))
+    vary = {"agent.optimiser.learning_rate": [1e-3, 1e-2]}
+    make = lambda config, spec, updates: regression(spec, 4, config.agent.optimiser)
+    execute(config, "dreamer", make, 0, "Dreamer", vary)
+    RunFolder.create(tmp_path, runs[0][1]).close()
+    execute(replace(config, resume=True), "dreamer", make, 0, "Dreamer")
+    for run, stored in runs:
+        assert stored["vary"] == vary and run.shapes().train.hyper.keys() == vary.keys()
