@@ -215,7 +215,7 @@ def _devices(num_seeds: int, data: int) -> np.ndarray:
             )
         return devices[:, : data * _divisor(seeds_each, each // data)].ravel()
     shards, rest = divmod(devices.size, data)
-    if rest or not shards or num_seeds % shards:
+    if rest or data % each or not shards or num_seeds % shards:
         raise UserError(
             f"data_parallel is {data}, but there are {devices.size} devices ({count} process(es) with "
             f"{each}) for {num_seeds} seed(s): it must divide the number of devices, and what is left "

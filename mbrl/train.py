@@ -196,7 +196,7 @@ def _driver(run: Run, programs: Programs) -> OfflineDriver | DeviceDriver | Host
     """What advances the run, for either side of the border and for neither."""
     source, seeds, config = run.source, run.seeds, run.config
     if not run.clock.rows:
-        return OfflineDriver(programs, len(seeds))
+        return OfflineDriver(programs, len(seeds.own))
     if source.env is not None:
         return DeviceDriver(programs, config.chunk)
     pool = make_workers(source, seeds, config.num_envs, 0, config)
@@ -292,7 +292,7 @@ class Monitor:
             self.warned = True
             self.progress.say(
                 "warning: episodes of this task terminate, and this world model does not learn when: start "
-                "again with --model.episodic True"
+                "again with --model.episodic"
             )
 
     def _total(self, ended: list[Episodes]) -> tuple[np.ndarray, np.ndarray]:
