@@ -72,7 +72,8 @@ def main(argv: Sequence[str]) -> None:
     began = time.perf_counter()
     returns = run.evaluate(config.num_episodes or None)
     seconds = time.perf_counter() - began
-    score = published.score_at(run.spec.name, run.frames)
+    method = published.METHODS.get(run.config.get("agent", "dreamer"), "")
+    score = published.score_at(run.spec.name, run.frames, method)
     Console().print(results_table(run.spec.name, run.frames, returns, seconds, score, list(run.seeds.seeds)))
     if config.json is not None:
         write_json(config.json, result(run, returns, seconds))

@@ -26,7 +26,7 @@ from mbrl.population import check_varied, with_hyper
 from mbrl.processes import all_do, leads, one_voice
 from mbrl.programs import LoopConfig, make_clock, make_offline_clock
 from mbrl.run_folder import RunFolder
-from mbrl.seeds import Seeds, use_compilation_cache, use_cpu_devices, use_debugging
+from mbrl.seeds import Seeds, use_compilation_cache, use_cpu_devices, use_debugging, use_determinism
 from mbrl.train import Run, finish, train
 from mbrl.types import Agent, EnvSpec, Trajectory
 
@@ -74,6 +74,8 @@ class Experiment:
     """Where metrics go beside metrics.jsonl and TensorBoard: wandb, trackio (extras of these names)."""
     debug: bool = False
     """Run the same code without compiling, one seed: slow, for breakpoints and prints."""
+    deterministic: bool = False
+    """Equal settings give equal bits on a GPU too, at the cost of speed; on a CPU they do anyway."""
     loop: LoopConfig = field(default_factory=LoopConfig)
     """Environments, replay, how often to update, log, evaluate and save."""
 
@@ -90,7 +92,9 @@ def parse(
     parts: flags that decide which fields there are, by their default (world_model="rssm").
     """
     defaults = dict(preset=None, num_seeds=1, run_dir="", resume=False, data_parallel=1, distributed=False)
-    early = early_flags(argv, **defaults, obs="state", offline="", **parts)
+    early = early_flags(argv, **defaults, deterministic=False, obs="state", offline="", **parts)
+    if early.deterministic:
+        use_determinism()
     if early.distributed:
         processes.join()
     elif not early.resume:
@@ -125,6 +129,8 @@ def resumed(
         raise UserError(
             f"--run-dir {run_dir} holds a run of another script, which cannot be resumed by this one"
         )
+    if stored.get("deterministic"):
+        use_determinism()
     if not early.distributed:
         use_cpu_devices(stored["num_seeds"], max(1, early.data_parallel))
     # A run from before a part could be chosen has the default one.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import socket
+import struct
 import sys
 import time
 import warnings
@@ -52,13 +55,13 @@ class Logger:
         self.path = root / "metrics.jsonl"
         self.seeds, self.num_seeds = list(seeds), len(seeds)
         self._tensorboard = root / "tensorboard" if tensorboard else None
-        self._writers: list[Any] | None = None
+        self._events: list[Any] = []
         self._purge_step: int | None = None
         self._step: int | None = None
         self._rows: list[dict[str, Any]] = []
         self._warned = False
         _drop_torn_line(self.path)
-        self._file = self._open()
+        self._file = _open(self.path)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Record ``values`` at ``step`` (simulator frames; not below an earlier call's).
@@ -86,19 +89,7 @@ class Logger:
             return
         data = "".join(json.dumps(jsonable(row), allow_nan=False) + "\n" for row in self._rows).encode()
         self._rows = []
-        end = os.fstat(self._file.fileno()).st_size
-        try:
-            written = self._file.write(data)
-            if written != len(data):
-                raise OSError(0, "no space left for all of it")
-        except OSError as error:
-            os.ftruncate(self._file.fileno(), end)  # half a row would spoil the next one as well
-            if not self._warned:
-                self._warned = True
-                message = (
-                    f"{self.path} cannot be written ({error.strerror}): rows are lost from step {self._step}"
-                )
-                warnings.warn(message, RuntimeWarning, stacklevel=2)
+        self._append(self._file, data)
 
     def truncate_to(self, step: int) -> None:
         """Forget everything after ``step``: call it once on resume, with the step of the checkpoint.
@@ -109,16 +100,15 @@ class Logger:
         self._rows, self._step, self._purge_step = [], None, int(step) + 1
         self._file.close()
         self._sent = truncate_metrics(self.path, step)
-        self._file = self._open()
+        self._file = _open(self.path)
 
     def close(self) -> None:
         """Write what is left and close the files. Safe to call twice."""
         if self._file.closed:
             return
         self.flush()
-        self._file.close()
-        for writer in self._writers or ():
-            writer.close()
+        for file in (self._file, *self._events):
+            file.close()
         for sink in list(self._sinks):
             self._guarded(sink, sink.close)
 
@@ -127,9 +117,6 @@ class Logger:
 
     def __exit__(self, *_) -> None:
         self.close()
-
-    def _open(self):
-        return open(self.path, "ab", buffering=0)  # unbuffered: a row is whole or was never written
 
     def _column(self, name: str, value: Any) -> np.ndarray:
         if name in ("step", "seed"):
@@ -141,24 +128,61 @@ class Logger:
             )
         return np.broadcast_to(value, (self.num_seeds,))
 
+    def _append(self, file: Any, data: bytes) -> None:
+        """Writes all of ``data`` or nothing: half a row would spoil the next one as well."""
+        end = os.fstat(file.fileno()).st_size
+        try:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            os.ftruncate(file.fileno(), end)
+            self._warn(file.name, error)
+
+    def _warn(self, path: Any, error: OSError) -> None:
+        """Once: the disk stays full for a while."""
+        if not self._warned:
+            self._warned = True
+            message = f"{path} cannot be written ({error.strerror}): rows are lost from step {self._step}"
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
+
     def _log_tensorboard(self, step: int, columns: Mapping[str, np.ndarray]) -> None:
+        """One event per seed. Not by tensorboardX's writer: on a full disk its thread dies, and the run would
+        wait for it for ever."""
         if self._tensorboard is None:
             return
-        if self._writers is None:
-            from tensorboardX import SummaryWriter  # here, because it loads protobuf
+        # Here, because it loads protobuf, whose classes are made at run time.
+        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
-            names = [f"seed_{seed}" for seed in self.seeds] + ["mean"] * (self.num_seeds > 1)
-            self._writers = [
-                SummaryWriter(str(self._tensorboard / name), purge_step=self._purge_step, flush_secs=10)
-                for name in names
-            ]
+        if not self._events:
+            try:
+                self._open_tensorboard()
+            except OSError as error:
+                self._warn(self._tensorboard, error)
+        members: list[list[Any]] = [[] for _ in self._events]
         for name, column in columns.items():
             numbers = column.astype(np.float64)
             finite = numbers[np.isfinite(numbers)]
             shown = [*numbers, *([finite.mean()] if self.num_seeds > 1 and finite.size else [])]
-            for writer, number in zip(self._writers, shown, strict=False):
+            for values, number in zip(members, shown, strict=False):
                 if np.isfinite(number):
-                    writer.add_scalar(name, number, step)
+                    values.append(Summary.Value(tag=name, simple_value=number))
+        for file, values in zip(self._events, members, strict=True):
+            self._append(file, _event(step=step, summary=Summary(value=values)))
+
+    def _open_tensorboard(self) -> None:
+        """A new file of events for each seed, and for their mean where there are several."""
+        assert self._tensorboard is not None
+        names = [f"seed_{seed}" for seed in self.seeds] + ["mean"] * (self.num_seeds > 1)
+        begin = _event(file_version="brain.Event:2")
+        if self._purge_step is not None:
+            begin += _event(step=self._purge_step, session_log={"status": "START"})
+        # TensorBoard reads the files of a folder in the order of their names.
+        events = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
+        for name in names:
+            (self._tensorboard / name).mkdir(parents=True, exist_ok=True)
+        self._events = [_open(self._tensorboard / name / events) for name in names]
+        for file in self._events:
+            self._append(file, begin)
 
     def _log_sinks(self, step: int, columns: Mapping[str, np.ndarray]) -> None:
         if step <= self._sent:
@@ -180,6 +204,20 @@ class Logger:
         except Exception as error:
             self._sinks.remove(sink)
             warnings.warn(f"{sink.name} is left out from now on: {error}", RuntimeWarning, stacklevel=2)
+
+
+def _open(path: Path) -> Any:
+    return open(path, "ab", buffering=0)  # unbuffered: a row is whole or was never written
+
+
+def _event(**fields: Any) -> bytes:
+    """An event of TensorBoard as a record: length, checksum, message, checksum."""
+    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+    from tensorboardX.record_writer import masked_crc32c
+
+    message = Event(wall_time=time.time(), **fields).SerializeToString()
+    length = struct.pack("<Q", len(message))
+    return b"".join(part + struct.pack("<I", masked_crc32c(part)) for part in (length, message))
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -393,8 +431,8 @@ def results_table(
         table.add_row("IQM", f"{iqm(good):.1f}", over)
         table.add_row("95 % interval", f"{low:.1f} to {high:.1f}", "of the IQM")
     if published is not None:
-        spread = f"± {published.std:.1f}, {published.num_seeds} seeds"
-        table.add_row("published", f"{published.mean:.1f}", spread)
+        spread = f"± {published.std:.1f}, " if np.isfinite(published.std) else ""
+        table.add_row("published", f"{published.mean:.1f}", f"{spread}{published.num_seeds} seeds")
         table.caption = f"published: {published.source}"
     table.add_section()
     table.add_row("wall time", format_seconds(wall_seconds), "")
