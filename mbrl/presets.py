@@ -286,7 +286,9 @@ ABOUT: dict[str, dict[str, About]] = {
         "317M": About("312 M", "for accelerators", UNTRIED),
     },
     "PETS": {
-        "s": About("32 k", "not measured on an idle machine", "833 in training after 11,000 frames, one seed, iCEM (docs/planners.md)"),
+        "s": About(
+            "32 k", "not measured on an idle machine", "833 in training after 11,000 frames, iCEM, one seed"
+        ),
         "paper": About("0.5 M", "for accelerators", UNTRIED),
     },
 }
