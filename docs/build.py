@@ -206,9 +206,11 @@ def preset_tables() -> str:
         head = "| preset | parameters | cost on 2 CPU cores | return on `cartpole_swingup` |"
         parts += [f"## {agent}\n", head, "|---|---|---|---|"]
         parts += [*(f"| `{name}` | {' | '.join(about)} |" for name, about in rows.items()), ""]
-    parts += ["Figures are of [results](results.md) and [performance](performance.md).\n"]
+    parts += [
+        "Figures are of [results](results.md), [performance](performance.md), [PETS](planners.md#pets).\n"
+    ]
     parts += ["What a preset sets; an empty cell is the [default](configuration.md):\n"]
-    for agent, table in (("DreamerV3", presets.DREAMER), ("TD-MPC2", presets.TDMPC)):
+    for agent, table in (("DreamerV3", presets.DREAMER), ("TD-MPC2", presets.TDMPC), ("PETS", presets.PETS)):
         flat = {name: dict(flatten(preset)) for name, preset in table.items()}
         fields = dict.fromkeys(field for values in flat.values() for field in values)
         parts += [f"## Fields of {agent}\n", f"| field | {' | '.join(flat)} |"]

@@ -106,7 +106,7 @@ def _add_data(commands) -> None:
     parser.set_defaults(run=_export)
     text = "describe a dataset: episodes, returns, and the range of every entry"
     parser = commands.add_parser("data", help=text, description=text)
-    parser.add_argument("dataset", type=Path, help="folder that export wrote")
+    parser.add_argument("dataset", type=Path, help="what export wrote, a Minari folder or a file *.hdf5")
     parser.set_defaults(run=_data)
 
 

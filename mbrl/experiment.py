@@ -46,7 +46,7 @@ class Experiment:
     camera: CameraConfig = CAMERA
     """Camera."""
     preset: str = "s"
-    """Named settings that other flags override: those named by letters for a CPU, the others as published."""
+    """Named settings that other flags override; python -m mbrl presets describes them."""
     seed: int = 0
     """First seed; members of a run are seed, seed + 1, ..."""
     num_seeds: int = 1

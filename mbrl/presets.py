@@ -266,12 +266,12 @@ class About(NamedTuple):
 UNTRIED = "published size, not run here"
 ABOUT: dict[str, dict[str, About]] = {
     "DreamerV3": {
-        "xs": About("26 k", "a minute for 3,000 frames", "for tests; solves nothing"),
+        "xs": About("26 k", "not measured", "for tests; not meant to solve a task"),
         "s": About("110 k", "10 to 12 min for 80,000 frames", "859 after 80,000 frames (IQM of 3 runs)"),
-        "memory": About("90 k", "as s", "for memory tasks (docs/memory.md)"),
-        "s_pixels": About("110 k", "for `--obs pixels` (docs/pixels.md)", UNTRIED),
+        "memory": About("90 k", "not measured", "for memory tasks (docs/memory.md)"),
+        "s_pixels": About("0.2 M", "not measured", "for `--obs pixels`; not run yet (docs/pixels.md)"),
         "size1m": About("0.6 M", "0.4 s per update of 16 x 64", "244 after 24,000 frames, changed for a CPU"),
-        "size12m": About("9.7 M", "2.3 s per update of 16 x 64", "published: 528 after 100,000 frames"),
+        "size12m": About("9.7 M", "2.3 s per update of 16 x 64", "published: 500 after 100,000 frames"),
         "size25m": About("22 M", "for accelerators", UNTRIED),
         "size50m": About("39 M", "for accelerators", UNTRIED),
         "size100m": About("87 M", "for accelerators", UNTRIED),
@@ -287,7 +287,9 @@ ABOUT: dict[str, dict[str, About]] = {
         "317M": About("312 M", "for accelerators", UNTRIED),
     },
     "PETS": {
-        "s": About("32 k", "not measured on an idle machine", "833 in training after 11,000 frames, iCEM"),
+        "s": About(
+            "32 k", "not measured on an idle machine", "833 in training after 11,000 frames, iCEM, one seed"
+        ),
         "paper": About("0.5 M", "for accelerators", UNTRIED),
     },
 }

@@ -51,8 +51,13 @@ def configs(name: str) -> tuple[RSSMConfig, DreamerConfig, LoopConfig]:
 def shapes(name: str):
     """The abstract TrainState of a preset."""
     model, agent, _ = configs(name)
-    made = dreamer.make(agent, WALKER, rssm.make(model, WALKER), model.discount, 1000)
+    spec = pictures(DREAMER[name]["camera"]["size"]) if "camera" in DREAMER[name] else WALKER
+    made = dreamer.make(agent, spec, rssm.make(model, spec), model.discount, 1000)
     return jax.eval_shape(made.init, jax.random.key(0))
+
+
+def pictures(size: int) -> EnvSpec:
+    return EnvSpec("walker_walk_pixels", {"image": ArraySpec((size, size, 3), "uint8")}, WALKER.action)
 
 
 def count(tree) -> int:
@@ -84,7 +89,7 @@ def image_parameters(depth: int, units: int, deter: int, stoch: int) -> tuple[in
 @pytest.mark.parametrize("name", ["size12m", "size50m"])
 def test_parameter_count_of_pixels(name):
     """The vector networks are gone, the image networks are there, and the posterior reads 256 features a depth."""
-    spec = EnvSpec("walker_walk_pixels", {"image": ArraySpec((64, 64, 3), "uint8")}, WALKER.action)
+    spec = pictures(64)
     model, agent, _ = configs(name)
     made = dreamer.make(agent, spec, rssm.make(model, spec), model.discount, 1000)
     pixels, state = jax.eval_shape(made.init, jax.random.key(0)).params, shapes(name).params

@@ -49,7 +49,7 @@ def commands(page: Path) -> list[str]:
     """Lines of blocks for a shell, of indented blocks, and commands within a sentence; without comments."""
     text = page.read_text()
     blocks = [*snippets(page, "sh"), *snippets(page, "bash")]
-    blocks += re.findall(r"^ {4}((?:python|make|pip|pytest) .*(?:\\\n.*)*)", text, re.M)
+    blocks += re.findall(r"^ {4}((?:python|make|pip|pytest) (?:.*\\\n)*.*)", text, re.M)
     blocks += [one.replace("\n", " ") for one in re.findall(r"(?<!`)`(python \w+/[^`]+|make [^`]+)`", text)]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line for line in (re.sub(r"(^|\s)#.*", "", line).strip() for line in lines) if line]
