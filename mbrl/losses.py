@@ -134,7 +134,7 @@ def transition_weight(age: Int[Array, "T *batch"], rho: float) -> Float[Array, "
     return jnp.where(age > 0, rho ** jnp.maximum(age - 1.0, 0.0), 0.0)
 
 
-def td_target(reward: Array, is_terminal: Array, next_value: Array, discount: float) -> Array:
+def td_target(reward: Array, is_terminal: Array, next_value: Array, discount: float | Array) -> Array:
     """r + gamma (1 - terminal) V(next), elementwise (eq. 4)."""
     return sg(reward + discount * (1.0 - is_terminal.astype(jnp.float32)) * next_value)
 

@@ -84,7 +84,9 @@ def assemble(
     name.
     """
     check_numbers(config.plan)
-    discount = config.model.discount or episode_discount(spec.max_steps)
+    discount = config.model.discount
+    if not spec.tasks:
+        discount = discount or episode_discount(spec.max_steps)
     agent = agents.make(config.agent, spec, model, discount, updates)
     if config.planner == "none":
         return agent
