@@ -1,6 +1,6 @@
 """PETS on the DeepMind Control Suite, or on an environment written in JAX.
 
-    python experiments/pets.py --task pendulum --num-seeds 3 --steps 10000
+    python experiments/pets.py --task cartpole_swingup --planner icem --num-seeds 3 --steps 20000
 
 With no flags: cartpole_swingup with the preset that suits this machine.
 """

@@ -44,6 +44,7 @@ class Source(NamedTuple):
 
 TASK_SETS = {"mt3": "cartpole_swingup,pendulum_swingup,cup_catch"}
 """Names for several tasks."""
+
 NO_TASK = "none"
 """Instead of a task: nothing but recorded episodes."""
 
@@ -56,13 +57,14 @@ def make_source(
     backend: str = "host",
 ) -> Source:
     """The environment of the task, on the device or on the host. shown: the state, what the camera sees, or
-    both. backend: of dm_control's tasks, host or mjx (on the device); others have no choice. UserError for
-    unknown names, and where nothing can be rendered."""
+    both. backend: of dm_control's tasks, host or mjx (on the device); others have no choice. task: one,
+    several separated by commas, or one of ``TASK_SETS``. UserError for unknown names, for tasks that do not
+    fit together, and where nothing can be rendered."""
     check_at_least("loop.action_repeat", action_repeat, 1)
     task = TASK_SETS.get(task, task)
     if "," in task:
         return _several(
-            [make_source(t, action_repeat, shown, camera, backend) for t in task.split(",")], task
+            [make_source(t.strip(), action_repeat, shown, camera, backend) for t in task.split(",")], task
         )
     if task == NO_TASK:
         raise UserError("--task none needs --offline DATA: without an environment nothing can be collected")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
+from numbers import Real
+from typing import Any, NoReturn
 
 USER_ERROR_EXIT_CODE = 2
 
@@ -25,19 +26,25 @@ def exit_with(error: BaseException) -> NoReturn:
     raise SystemExit(getattr(error, "exit_code", USER_ERROR_EXIT_CODE))
 
 
-def check_at_least(field: str, value: float, least: float) -> None:
+def is_known(value: Any) -> bool:
+    """Whether ``value`` can be looked at now. The numbers of a sweep are checked one by one, before they are
+    inputs of a program in which the same code runs again."""
+    return isinstance(value, Real)
+
+
+def check_at_least(field: str, value: Any, least: float) -> None:
     """UserError unless ``value`` is a number of at least ``least``."""
-    if not value >= least:  # also refuses nan
+    if is_known(value) and not value >= least:  # also refuses nan
         raise UserError(f"{field} is {value}, it must be at least {least}")
 
 
-def check_above(field: str, value: float, bound: float) -> None:
+def check_above(field: str, value: Any, bound: float) -> None:
     """UserError unless ``value`` is a number above ``bound``."""
-    if not value > bound:
+    if is_known(value) and not value > bound:
         raise UserError(f"{field} is {value}, it must be above {bound}")
 
 
-def check_between(field: str, value: float, low: float, high: float) -> None:
+def check_between(field: str, value: Any, low: float, high: float) -> None:
     """UserError unless low <= value <= high."""
-    if not low <= value <= high:
+    if is_known(value) and not low <= value <= high:
         raise UserError(f"{field} is {value}, it must lie between {low} and {high}")

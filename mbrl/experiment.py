@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
 from mbrl import dataset, open_loop, processes
 from mbrl.config import check_config, differences, early_flags, override, parse_flags
@@ -19,7 +21,8 @@ from mbrl.envs.pixels import CAMERA, CameraConfig, Shown
 from mbrl.errors import UserError
 from mbrl.finished import learned_by, load
 from mbrl.images import is_image
-from mbrl.memory import check_memory
+from mbrl.memory import check_memory, compile_and_check
+from mbrl.population import check_varied, with_hyper
 from mbrl.processes import all_do, leads, one_voice
 from mbrl.programs import LoopConfig, make_clock, make_offline_clock
 from mbrl.run_folder import RunFolder
@@ -34,8 +37,9 @@ class Experiment:
 
     task: str = "cartpole_swingup"
     """A dm_control task by its usual name (walker_walk, cup_catch, ...), a JAX environment (pendulum,
-    tmaze:20), gym:NAME of gymnasium, or module:function of your own. With --offline the environment of the
-    evaluations, by default none."""
+    tmaze:20), gym:NAME of gymnasium, or module:function of your own; for TD-MPC2 also several on the host,
+    separated by commas, or mt3 (cartpole_swingup,pendulum_swingup,cup_catch). With --offline the environment
+    of the evaluations, by default none."""
     env_backend: str = "host"
     """Where dm_control's tasks run: host, or mjx for those that MuJoCo MJX simulates on the device."""
     obs: Shown = "state"
@@ -140,13 +144,18 @@ def default_folder(*parts: str) -> str:
 
 
 def execute(
-    config: C, kind: str, make_agent: Callable[[C, EnvSpec, int], Agent], extra_rows: int, name: str
+    config: C,
+    kind: str,
+    make_agent: Callable[[C, EnvSpec, int], Agent],
+    extra_rows: int,
+    name: str,
+    vary: Mapping[str, Sequence[float]] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Trains and evaluates; returns the summary that the run folder gets.
 
     kind: of agent, as `mbrl.load` knows it. make_agent(config, spec, total updates).
     extra_rows: rows of a sampled sequence beside the ``loop.batch_length`` that are trained.
-    name: of the agent, for titles.
+    name: of the agent, for titles. vary: numbers in which the seeds differ, {dotted field: [S]}.
     """
     check_config(config)
     if config.debug:
@@ -163,6 +172,7 @@ def execute(
         source, recorded = stored_source(stored), None
         loop = dataclasses.replace(config.loop, action_repeat=source.spec.action_repeat)
         clock = make_clock(loop, config.steps, length)
+    check_tasks(config, kind, source.spec)
     if loop.env_workers and source.env is not None:
         raise UserError(
             f"loop.env_workers is {loop.env_workers}, but {config.task} is part of the compiled program: it "
@@ -170,12 +180,38 @@ def execute(
         )
     seeds = Seeds.make(config.seed, config.num_seeds, config.data_parallel)
     check_devices(config, seeds, source.env is None and source.playable)
-    agent = make_agent(config, source.spec, clock.total_updates)
-    run = Run(agent, source, seeds, loop, clock, length, recorded)
+    build = lambda config: make_agent(config, source.spec, clock.total_updates)
+    check_varied(config, vary, build)
+    run = Run(with_hyper(build, config, list(vary)), source, seeds, loop, clock, length, recorded)
     run_dir = config.run_dir or default_folder(source.spec.name, config.preset)
-    return launch(
-        run, stored, run_dir, f"{name}, {config.preset}", config.resume, config.video, config.from_run
-    )
+    stored |= {"vary": dict(vary)} if vary else {}
+    start = {"hyper": {field: np.array(values, np.float32) for field, values in vary.items()}} if vary else {}
+    title = f"{name}, {config.preset}"
+    return launch(run, stored, run_dir, title, config.resume, config.video, config.from_run, start)
+
+
+def check_tasks(config: Experiment, kind: str, spec: EnvSpec) -> None:
+    """UserError where an agent does not learn several tasks, and where it would not see as much of each."""
+    tasks = len(spec.tasks)
+    if tasks and kind != "tdmpc":
+        raise UserError(
+            f"{spec.name} is {tasks} tasks: only TD-MPC2 (experiments/tdmpc_dmc.py) learns several"
+        )
+    if tasks and not config.offline and config.loop.num_envs % tasks:
+        raise UserError(
+            f"loop.num_envs is {config.loop.num_envs}, it must be a multiple of the number of tasks, which "
+            f"is {tasks}"
+        )
+
+
+def check_parent(from_run: str, spec: EnvSpec) -> None:
+    """UserError unless the run in folder ``from_run`` learned the several tasks of ``spec``."""
+    before = stored_source(RunFolder.config_of(from_run)).spec
+    if before.tasks != spec.tasks:
+        raise UserError(
+            f"--from-run {from_run} learned {before.name}: it must have learned the same tasks in the same "
+            f"order, {spec.name}"
+        )
 
 
 def find_data(config: Experiment, length: int) -> tuple[Source, Trajectory | None, int]:
@@ -226,21 +262,29 @@ def launch(
     resume: bool = False,
     video: bool = False,
     from_run: str = "",
+    start: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Trains ``run`` in its folder, new or resumed, draws its curve, prints its results, returns its summary.
 
-    stored: what config.json shall hold. name: of agent and settings, for titles.
+    stored: what config.json shall hold. name: of agent and settings, for titles. start: fields of the train
+    state that a new run begins with.
     """
-    check_memory(run, print)
+    least = check_memory(run)
     # Before anything is written: it may be refused.
+    if from_run and run.source.spec.tasks:
+        check_parent(from_run, run.source.spec)
     learned = learned_by(from_run, run.shapes().train, len(run.seeds)) if from_run and not resume else {}
+    learned = {**learned, **start}
     open_folder = RunFolder.open_for_resume if resume else partial(RunFolder.create, config=stored)
     folder = all_do(lambda: open_folder(run_dir), leader_only=True) or RunFolder.follow(run_dir)
     use_compilation_cache()
     task = run.source.spec.name
     with folder:
         print(f"{task}: {name}, run folder {folder.path}")
-        summary = train(run, folder, resume, video, learned)
+        programs, began = run.programs(), time.perf_counter()
+        compile_and_check(run, programs, least, print)
+        made = programs, time.perf_counter() - began
+        summary = train(run, folder, resume, video, learned, made)
         seen = run.source.playable and any(map(is_image, run.source.spec.obs.values()))
         if seen and jax.process_count() == 1:
             open_loop.write(load(folder.path), summary["env_steps"])

@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mbrl import checkpoints, evaluation, video
+from mbrl import checkpoints, evaluation, multitask, video
 from mbrl.agents.planning import assemble, default_search
 from mbrl.config import choose, config_type, load_factory, override, resolve
 from mbrl.drivers import Source, make_pool, stored_source
 from mbrl.errors import UserError, check_at_least
 from mbrl.imagination import rollout
 from mbrl.planning import PlanConfig
+from mbrl.population import with_hyper
 from mbrl.programs import EVALUATE, LoopConfig, stream
 from mbrl.run_folder import RunFolder
 from mbrl.seeds import Seeds
@@ -66,10 +67,14 @@ def rebuild(stored: Mapping[str, Any]) -> Parts:
         source = stored_source(stored)
     except KeyError as error:
         raise UserError(f"config.json has no entry {error}, so the run cannot be rebuilt") from error
-    model = factory(settings.model, source.spec)
-    # The length of the run shapes the learning rate only, and a finished run learns no more.
-    agent = assemble(agents, settings, source.spec, model, 1, rules)
-    return Parts(source, model, agent, loop)
+
+    def build(settings) -> Agent:
+        model = factory(settings.model, source.spec)
+        # The length of the run shapes the learning rate only, and a finished run learns no more.
+        return assemble(agents, settings, source.spec, model, 1, rules)
+
+    agent = with_hyper(build, settings, list(stored.get("vary", ())))
+    return Parts(source, factory(settings.model, source.spec), agent, loop)
 
 
 def load(run_dir: str | os.PathLike, **acting: Any) -> Finished:
@@ -129,7 +134,7 @@ def learned_by(run_dir: str | os.PathLike, train: PyTree, num_seeds: int) -> dic
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), own)
         return checkpoints.restore(Path(run_dir) / "checkpoints", like, part=f".train.{name}").state
 
-    afresh = ("opt", "actor_opt", "updates")
+    afresh = ("opt", "actor_opt", "updates", "hyper")
     return {name: taken(name, getattr(train, name)) for name in train._fields if name not in afresh}
 
 
@@ -204,7 +209,8 @@ class Finished:
     def evaluate(self, episodes: int | None = None) -> np.ndarray:
         """Returns [S, episodes] of the deterministic policies from fixed start states.
 
-        episodes: per seed; None takes as many as the run's own evaluations, and then the same episodes.
+        episodes: per seed; None takes as many as the run's own evaluations, and then the same episodes. Of
+        each task where there are several: then column i is an episode of task i modulo their count.
         """
         return self._evaluation(episodes, record=False)
 
@@ -228,7 +234,8 @@ class Finished:
         return self._imagine(self._learned_once(self._index(seed)).params["model"], past, actions)
 
     def film(self, path: str | os.PathLike, seed: int | None = None) -> float:
-        """Films one episode of a seed's deterministic policy as MP4 and returns its return.
+        """Films one episode of a seed's deterministic policy as MP4, of the first of several tasks, and
+        returns its return.
 
         Raises UserError where nothing can be rendered, with the reason.
         """
@@ -261,6 +268,7 @@ class Finished:
         if source.env is not None:
             run = evaluation.make_device(self.agent, source.env, self.seeds, episodes, record)
             return run(self.train, keys)
+        episodes *= multitask.count(source.spec)
         pool = make_pool(source, self.seeds, episodes, purpose=1)
         try:
             return evaluation.make_host(self.agent, pool, self.seeds, episodes, record)(self.train, keys)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -66,6 +66,8 @@ class LatentConfig:
     """Discount per agent step (gamma), learned into the continue head as a soft label."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the networks' activations; parameters, losses and optimiser stay float32."""
+
+    VARIES: ClassVar = ("free_nats", "discount")
 
 
 class Backbone(NamedTuple):

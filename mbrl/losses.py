@@ -6,19 +6,21 @@ Sequences are time-major: [T, ...] with any batch axes behind. Nothing here know
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Container
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mbrl.distributions import OneHot, TwoHot
+from mbrl.errors import is_known
 
 sg = jax.lax.stop_gradient
 
 
 def kl_losses(
-    posterior: OneHot, prior: OneHot, free_nats: float = 1.0
+    posterior: OneHot, prior: OneHot, free_nats: Any = 1.0
 ) -> tuple[dict[str, Array], Float[Array, "*batch"]]:
     """Balanced KL of factorised categoricals [..., S, C] (eq. 5): the prior learns from ``dyn``, the
     posterior from ``rep``. Each is clipped from below at ``free_nats`` nats AFTER summing the S factors.
@@ -30,7 +32,7 @@ def kl_losses(
     return {"dyn": jnp.maximum(dyn, free_nats), "rep": jnp.maximum(rep, free_nats)}, sg(dyn)
 
 
-def weighted(means: dict[str, Array], scales: dict[str, float]) -> Array:
+def weighted(means: dict[str, Array], scales: dict[str, Any]) -> Array:
     """Sum of named losses, each times the scale of its kind: ``rec`` is that of ``rec_height``."""
     return sum((scales[name.split("_")[0]] * mean for name, mean in means.items()), jnp.zeros(()))
 
@@ -39,7 +41,7 @@ def lambda_return(
     reward: Float[Array, "T *batch"],
     cont: Float[Array, "T *batch"],
     bootstrap: Float[Array, "T *batch"],
-    lam: float | Float[Array, "T *batch"] = 0.95,
+    lam: float | Float[Array, ""] | Float[Array, "T *batch"] = 0.95,
 ) -> Float[Array, "T-1 *batch"]:
     """TD(lambda) return (eq. 7) of the states 0..T-2; entry t of each input belongs to state t.
 
@@ -72,7 +74,7 @@ class ReturnNorm(NamedTuple):
         return jnp.maximum(1.0, self.high - self.low)
 
 
-def update_return_norm(norm: ReturnNorm, returns: Array, rate: float = 0.01) -> ReturnNorm:
+def update_return_norm(norm: ReturnNorm, returns: Array, rate: Any = 0.01) -> ReturnNorm:
     """Moves both percentiles towards those of ``returns`` (any shape) by ``rate``."""
     low, high = jnp.percentile(sg(returns), jnp.array([5.0, 95.0]))
     return ReturnNorm(norm.low + rate * (low - norm.low), norm.high + rate * (high - norm.high))
@@ -83,18 +85,18 @@ def trajectory_weight(cont: Float[Array, "T *batch"]) -> Float[Array, "T *batch"
     return sg(jnp.cumprod(cont, 0))
 
 
-def reinforce_loss(log_prob: Array, advantage: Array, entropy: Array, weight: Array, scale: float) -> Array:
+def reinforce_loss(log_prob: Array, advantage: Array, entropy: Array, weight: Array, scale: Any) -> Array:
     """Policy gradient with baseline and entropy bonus (eq. 11), elementwise; all inputs have one shape."""
     return sg(weight) * -(log_prob * sg(advantage) + scale * entropy)
 
 
-def pathwise_loss(normed_return: Array, entropy: Array, weight: Array, scale: float) -> Array:
+def pathwise_loss(normed_return: Array, entropy: Array, weight: Array, scale: Any) -> Array:
     """Gradient of the return through the dynamics (Dreamer, arXiv 1912.01603 eq. 7), elementwise."""
     return sg(weight) * -(normed_return + scale * entropy)
 
 
 def critic_loss(
-    value: TwoHot, returns: Array, slow_value: Array, weight: Array, slow_scale: float = 1.0
+    value: TwoHot, returns: Array, slow_value: Array, weight: Array, slow_scale: Any = 1.0
 ) -> Array:
     """Two-hot cross-entropy with the return, and with the slow critic's own prediction (eq. 10)."""
     return sg(weight) * (value.loss(returns) + slow_scale * value.loss(slow_value))
@@ -105,8 +107,8 @@ def replay_returns(
     is_last: Bool[Array, "T *batch"],
     is_terminal: Bool[Array, "T *batch"],
     bootstrap: Float[Array, "T *batch"],
-    discount: float,
-    lam: float,
+    discount: Any,
+    lam: Any,
 ) -> Float[Array, "T-1 *batch"]:
     """lambda-returns of REPLAYED states: real rewards, cut at ``is_last``, value 0 beyond a terminal."""
     cont = discount * (1.0 - is_terminal.astype(jnp.float32))
@@ -116,10 +118,12 @@ def replay_returns(
 # TD-MPC2 (arXiv 2310.16828) ------------------------------------------------------------------------------
 
 
-def episode_discount(max_steps: int | None) -> float:
-    """Discount for episodes of ``max_steps`` agent steps: 1 - 5 / max_steps within [0.95, 0.995], so that
-    five horizons fit into an episode (TD-MPC2's heuristic). Without a time limit: 0.995."""
-    return 0.995 if max_steps is None else min(max(1 - 5 / max_steps, 0.95), 0.995)
+def episode_discount(max_steps: int | None, given: Any = 0.0) -> Any:
+    """The discount ``given``, or for 0 one that suits episodes of ``max_steps`` agent steps:
+    1 - 5 / max_steps within [0.95, 0.995], so that five horizons fit into an episode (TD-MPC2's heuristic).
+    Without a time limit: 0.995."""
+    suited = 0.995 if max_steps is None else min(max(1 - 5 / max_steps, 0.95), 0.995)
+    return suited if is_known(given) and given == 0 else given
 
 
 def steps_since_start(is_first: Bool[Array, "T *batch"]) -> Int[Array, "T *batch"]:
@@ -128,22 +132,27 @@ def steps_since_start(is_first: Bool[Array, "T *batch"]) -> Int[Array, "T *batch
     return time - jax.lax.cummax(jnp.where(is_first, time, 0))
 
 
-def transition_weight(age: Int[Array, "T *batch"], rho: float) -> Float[Array, "T *batch"]:
+def transition_weight(age: Int[Array, "T *batch"], rho: Any) -> Float[Array, "T *batch"]:
     """rho^k for the k-th transition, k = 0, 1, ..., of a row's episode, by the age of the row it arrives at;
     0 where no transition arrives (age 0): between the last step of an episode and the first of the next."""
     return jnp.where(age > 0, rho ** jnp.maximum(age - 1.0, 0.0), 0.0)
 
 
-def td_target(reward: Array, is_terminal: Array, next_value: Array, discount: float | Array) -> Array:
+def td_target(reward: Array, is_terminal: Array, next_value: Array, discount: Any) -> Array:
     """r + gamma (1 - terminal) V(next), elementwise (eq. 4)."""
     return sg(reward + discount * (1.0 - is_terminal.astype(jnp.float32)) * next_value)
 
 
-def update_scale(scale: Float[Array, ""], values: Array, rate: float = 0.01) -> Float[Array, ""]:
+def update_scale(scale: Float[Array, ""], values: Array, rate: Any = 0.01) -> Float[Array, ""]:
     """Moves ``scale`` towards the range between the 5th and 95th percentile of ``values``, at least 1, by
     ``rate``: what the policy loss divides values by."""
     low, high = jnp.percentile(sg(values), jnp.array([5.0, 95.0]))
     return scale + rate * (jnp.maximum(high - low, 1.0) - scale)
+
+
+def unlearned_terminals(learned: Container[str], is_terminal: Bool[Array, "T *batch"]) -> dict[str, Array]:
+    """A metric: the share of terminal rows where no loss of a termination head is among the ``learned``."""
+    return {} if "termination" in learned else {"unlearned_terminals": is_terminal.mean()}
 
 
 # PETS (arXiv 1805.12114) ---------------------------------------------------------------------------------

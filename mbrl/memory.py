@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from mbrl.errors import UserError
-from mbrl.programs import RunState
+from mbrl.programs import Programs, RunState
+from mbrl.seeds import Seeds
 from mbrl.train import Run
 
 GIB = 2**30
@@ -38,40 +39,83 @@ def available_bytes(devices: Iterable[Any]) -> int | None:
         return None
 
 
-def plan(state: RunState, copies: bool) -> dict[str, int]:
-    """Bytes by purpose, over all seeds. An update keeps the old and the new learner until it is accepted,
-    and gradients beside them. copies: seeds take turns on a device, which copies what they hold."""
-    learner = num_bytes(state.train)
-    gradients = num_bytes(getattr(state.train, "params", state.train))
-    return {
-        "replay": num_bytes(state.replay) * (2 if copies else 1),
-        "learner": learner,
-        "update (copy and gradients)": learner + gradients,
-        "acting": num_bytes((state.actor, state.env)),
+class Plan(NamedTuple):
+    """Bytes on the devices of this process. replay, learner (networks, optimiser), acting (environments,
+    latent states): what stays. working: what a program has beside it while it learns, activations, gradients
+    and copies."""
+
+    replay: int
+    learner: int
+    acting: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def plan(state: RunState, share: float) -> Plan:
+    """The least that a run with this state [S, ...] needs; ``share`` of it is in this process. An update
+    keeps the old and the new learner until it is accepted, and gradients beside them."""
+    learner, gradients = num_bytes(state.train), num_bytes(getattr(state.train, "params", state.train))
+    acting = num_bytes((state.actor, state.env, state.health))
+    sizes = num_bytes(state.replay), learner, acting, learner + gradients
+    return Plan(*(round(share * size) for size in sizes))
+
+
+def compiled_plan(run: Run, programs: Programs, least: Plan) -> Plan:
+    """The plan with what the compiler says that learning takes. What is compiled for it is what the run will
+    call, so that it is compiled once."""
+    if not run.clock.rows:
+        program, arguments = programs.update, run.chunk_shapes()
+    elif run.source.env is not None:
+        program, arguments = programs.chunk, run.chunk_shapes()
+    else:
+        program, arguments = programs.learn, run.learn_shapes()
+    found = program.lower(*arguments).compile().memory_analysis()
+    if found is None:
+        return least
+    beside = found.output_size_in_bytes - found.alias_size_in_bytes + found.temp_size_in_bytes
+    whole = (found.argument_size_in_bytes + beside) * len(own_devices(run.seeds))
+    return least._replace(working=whole - sum(least) + least.working)
+
+
+def own_devices(seeds: Seeds) -> list[Any]:
+    """The devices of the run that belong to this process."""
+    return [d for d in seeds.mesh.devices.flat if d.process_index == jax.process_index()]
+
+
+def check_memory(run: Run) -> Plan:
+    """The least that a run needs; UserError when it cannot fit. Nothing is allocated or compiled."""
+    devices = own_devices(run.seeds)
+    least = plan(run.shapes(), len(devices) / run.seeds.shards)
+    _check_fits(least, available_bytes(devices))
+    return least
+
+
+def compile_and_check(run: Run, programs: Programs, least: Plan, say: Callable[[str], None]) -> None:
+    """Compiles the program that learns and says what the run will take; UserError when it cannot fit. Nothing
+    is allocated."""
+    if jax.config.values["jax_disable_jit"]:
+        return
+    available, whole = available_bytes(own_devices(run.seeds)), compiled_plan(run, programs, least)
+    text = ", ".join(f"{name} {_size(size)}" for name, size in whole._asdict().items())
+    say(f"memory: {_size(whole.total)} ({text})" + (f" of {_size(available)}" if available else ""))
+    _check_fits(whole, available)
+
+
+def _check_fits(plan: Plan, available: int | None) -> None:
+    if available is None or plan.total <= available:
+        return
+    name, size = max(plan._asdict().items(), key=lambda item: item[1])
+    lower = {
+        "replay": "loop.replay_size or num_seeds",
+        "working": "num_seeds, the preset, loop.batch_size or loop.batch_length",
     }
-
-
-def check_memory(run: Run, say: Callable[[str], None]) -> None:
-    """Says what a run will take, before anything is allocated; UserError when it cannot fit."""
-    seeds = run.seeds
-    copies = seeds.loop and len(seeds) > seeds.shards
-    devices = [d for d in seeds.mesh.devices.flat if d.process_index == jax.process_index()]
-    share = len(devices) / seeds.shards  # of the seeds in this process, on each of the devices they span
-    parts = {name: round(share * size) for name, size in plan(run.shapes(), copies).items()}
-    available = available_bytes(devices)
-    total = sum(parts.values())
-    text = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
-    say(
-        f"memory: {_size(total)} before activations ({text})"
-        + (f" of {_size(available)}" if available else "")
+    raise UserError(
+        f"the run needs {_size(plan.total)} of memory but {_size(available)} are free; the largest part is "
+        f"{name} with {_size(size)}: lower {lower.get(name, 'num_seeds or the preset')}"
     )
-    if available is not None and total > available:
-        name = max(parts, key=lambda k: parts[k])
-        raise UserError(
-            f"the run needs {_size(total)} of memory but {_size(available)} are free; the largest part is "
-            f"{name} with {_size(parts[name])}: lower "
-            + ("loop.replay_size or num_seeds" if name == "replay" else "num_seeds or the preset")
-        )
 
 
 def _size(count: int) -> str:

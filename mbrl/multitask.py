@@ -4,6 +4,7 @@ them (TD-MPC2, arXiv 2310.16828, section 3.2)."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,16 +18,24 @@ STATE = "state"
 """Observation that holds all others, one after the other, and zeros."""
 
 
+def count(spec: EnvSpec) -> int:
+    """Number of tasks: 1 for an environment that is not several."""
+    return max(1, len(spec.tasks))
+
+
 def join(name: str, specs: Sequence[EnvSpec], least: tuple[int, int] = (0, 0)) -> EnvSpec:
     """The spec of several tasks. least: widths of observation and action below which nothing is padded.
 
-    UserError for discrete actions, observations that are no vectors of floats, and differing action repeats.
+    UserError for discrete actions, observations that are no vectors of floats, differing action repeats, and
+    a task that is named twice.
     """
     for spec in specs:
         if spec.action.classes is not None:
             raise UserError(f"{spec.name} has discrete actions: several tasks must have continuous ones")
         if any(a.classes is not None or a.dtype != "float32" for a in spec.obs.values()):
             raise UserError(f"{spec.name} shows images or categories: several tasks must show float vectors")
+        if sum(other.name == spec.name for other in specs) > 1:
+            raise UserError(f"{spec.name} is named twice: several tasks must differ")
         if spec.action_repeat != specs[0].action_repeat:
             raise UserError(f"{spec.name} and {specs[0].name} differ in their action repeat")
     width = max(least[0], *(sum(a.size for a in spec.obs.values()) for spec in specs))
@@ -47,9 +56,16 @@ def action_mask(spec: EnvSpec) -> np.ndarray:
     return np.array([entries < task.action.size for task in spec.tasks], np.float32)
 
 
-def discounts(spec: EnvSpec, discount: float) -> np.ndarray:
-    """float32 [tasks]: ``discount``, or where it is 0 the one that suits each task's episodes."""
-    return np.array([discount or episode_discount(task.max_steps) for task in spec.tasks], np.float32)
+def discounts(spec: EnvSpec, discount: Any) -> list[Any]:
+    """A scalar for each task: ``discount``, or where it is 0 the one that suits its episodes."""
+    return [episode_discount(task.max_steps, discount) for task in spec.tasks]
+
+
+def by_task(spec: EnvSpec, returns: Any) -> dict[str, np.ndarray]:
+    """Mean return [S] of every task, by its name, from ``returns`` [S, episodes], of which column i is of
+    task i modulo their count. Empty where ``spec`` is a single task."""
+    returns, step = np.asarray(returns), count(spec)
+    return {task.name: returns[:, i::step].mean(1) for i, task in enumerate(spec.tasks)}
 
 
 def pad_obs(obs: dict, task: int, spec: EnvSpec) -> dict:

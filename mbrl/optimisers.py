@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,8 @@ class OptimiserConfig:
     weight_decay: float = 0.0
     """Decoupled, on kernels only; multiplied by the learning rate."""
 
+    VARIES: ClassVar = ("learning_rate", "final_fraction", "beta1", "beta2", "eps")
+
 
 def adaptive_clip(clip: float, pmin: float = 1e-3) -> optax.GradientTransformation:
     """Scales each whole tensor's gradient down to ``clip * max(pmin, |w|)`` (not per unit as optax does)."""
@@ -74,7 +77,7 @@ def learning_rate(config: OptimiserConfig, total_updates: int) -> optax.Schedule
 
 
 def make(
-    config: OptimiserConfig, total_updates: int, groups: dict[str, dict[str, float]] | None = None
+    config: OptimiserConfig, total_updates: int, groups: Mapping[str, Mapping[str, Any]] | None = None
 ) -> optax.GradientTransformation:
     """The whole gradient transformation.
 
@@ -105,7 +108,7 @@ def make(
     return optax.chain(*parts)
 
 
-def _groups(groups: dict[str, dict[str, float]], weight_decay: float) -> optax.GradientTransformation:
+def _groups(groups: Mapping[str, Mapping[str, Any]], weight_decay: float) -> optax.GradientTransformation:
     """Adds decoupled weight decay and multiplies by lr_scale, per parameter path."""
 
     def apply(path, update, param):

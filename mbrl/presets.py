@@ -201,7 +201,8 @@ def _tdmpc_small() -> Preset:
     fast = {"learning_rate": 1e-3}
     # At the published entropy weight and this learning rate, the policy's deviation runs into its upper limit
     # before the critics know anything, where tanh passes no gradient back.
-    preset["model"] |= {"image_channels": 8}
+    # The published 96 of several tasks would be wider than the latent.
+    preset["model"] |= {"image_channels": 8, "task_size": 16}
     preset["agent"] |= {"dropout": 0.0, "entropy": 1e-5, "optimiser": fast, "actor_optimiser": fast}
     return preset
 
@@ -284,7 +285,7 @@ ABOUT: dict[str, dict[str, About]] = {
         "317M": About("312 M", "for accelerators", UNTRIED),
     },
     "PETS": {
-        "s": About("32 k", "not measured", "not measured"),
+        "s": About("32 k", "not measured on an idle machine", "833 in training after 11,000 frames, iCEM"),
         "paper": About("0.5 M", "for accelerators", UNTRIED),
     },
 }

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mbrl import checkpoints, evaluation, finished, plots, published, replay, report
+from mbrl import checkpoints, evaluation, finished, multitask, plots, published, replay, report
 from mbrl import video as video_module
 from mbrl.collect import Episodes
 from mbrl.diagnose import make_dumper
@@ -25,12 +25,12 @@ from mbrl.errors import UserError
 from mbrl.interruption import Interrupted, Interruption
 from mbrl.logger import Logger, Progress, read_metrics, results_table
 from mbrl.processes import agree
-from mbrl.programs import EVALUATE, Clock, LoopConfig, Programs, RunState, make_programs, stream
+from mbrl.programs import EVALUATE, Clock, LoopConfig, Programs, RunState, example_row, make_programs, stream
 from mbrl.replay import Replay
 from mbrl.run_folder import RunFolder
 from mbrl.seeds import Seeds
 from mbrl.statistics import bootstrap_interval, iqm
-from mbrl.types import Agent, HostEnv, Trajectory
+from mbrl.types import Agent, EnvSpec, HostEnv, Trajectory
 
 
 class Run(NamedTuple):
@@ -57,6 +57,27 @@ class Run(NamedTuple):
         """The whole state of the run, abstract: nothing is allocated."""
         return jax.eval_shape(lambda: self.programs().init(self.seeds.keys()))
 
+    def chunk_shapes(self) -> tuple[Any, ...]:
+        """The arguments of `Programs.chunk`, and of `Programs.update`, abstract."""
+        return self._spread(self.shapes()), self.seeds.keys(), np.int32(0)
+
+    def learn_shapes(self) -> tuple[Any, ...]:
+        """The arguments of `Programs.learn`, abstract."""
+        members, rows = len(self.seeds), self.clock.rows
+        row = jax.eval_shape(lambda: example_row(self.agent, self.source.spec, self.config.num_envs))
+        of = lambda tree, *axes: jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((*axes, *x.shape), x.dtype), tree
+        )
+        latents = [self._spread(of(row.latent, members)) for _ in range(rows)]
+        seen = of(row._replace(latent=()), members, rows)
+        seen = seen if jax.process_count() == 1 else self._spread(seen)
+        return self._spread(self.shapes()), seen, latents, self.seeds.keys(), np.int32(0)
+
+    def _spread(self, tree: Any) -> Any:
+        """Abstract arrays [S, ...] on the devices of the run."""
+        at = self.seeds.sharding
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree)
+
 
 def train(
     run: Run,
@@ -64,16 +85,19 @@ def train(
     resume: bool = False,
     video: bool = False,
     learned: Mapping[str, Any] = MappingProxyType({}),
+    made: tuple[Programs, float] | None = None,
 ) -> dict[str, Any]:
     """Trains to the end of the clock and returns the summary that it also writes to the run folder.
 
     resume: continue from the newest checkpoint of ``folder``. video: film one episode of the final policy.
     learned: what `mbrl.finished.learned_by` took from another run; the optimiser and replay start afresh.
+    made: the programs of ``run``, where they exist already, and the seconds that compiling them took.
     Raises Interrupted after SIGTERM or Ctrl-C, when the checkpoint is written, and UserError when no seed
     learns any more.
     """
-    config, clock, seeds = run.config, run.clock, run.seeds
-    timer, programs, keys = Timer(), run.programs(), seeds.keys()
+    config, clock, seeds, spec = run.config, run.clock, run.seeds, run.source.spec
+    programs, compiling_seconds = made or (run.programs(), 0.0)
+    timer, keys = Timer(compiling_seconds), seeds.keys()
     driver, (evaluate, filmed) = _driver(run, programs), _evaluation(run, video)
     film = filmed if video and _can_film(filmed) else None
     dump = make_dumper(run.agent, run.ring(), seeds)
@@ -134,9 +158,11 @@ def train(
                 with timer("evaluate"):
                     returns = evaluate(state.train, eval_keys)
                 evaluations.append([frames, returns.tolist()])
-                logger.log(frames, {"eval_return": returns.mean(1)})
-                progress.say(_evaluation_line(frames, returns, timer, clock.unit))
-                folder.write_summary(summarise(frames, evaluations, timer, updates, state.train, seeds))
+                each = multitask.by_task(spec, returns)
+                by_name = {f"eval_return/{name}": mean for name, mean in each.items()}
+                logger.log(frames, {"eval_return": returns.mean(1)} | by_name)
+                progress.say(_evaluation_line(frames, returns, each, timer, clock.unit))
+                folder.write_summary(summarise(frames, evaluations, timer, updates, state.train, seeds, spec))
             if scheduled or stop:
                 monitor.flush()
                 logger.flush()
@@ -161,7 +187,7 @@ def train(
         path = folder.videos / f"{clock.total * clock.frames}.mp4"
         video_module.record(path, film, lambda watch: evaluate(state.train, eval_keys, watch))
     total = clock.total * clock.frames
-    return summarise(total, evaluations, timer, clock.total_updates, state.train, seeds)
+    return summarise(total, evaluations, timer, clock.total_updates, state.train, seeds, spec)
 
 
 def _driver(run: Run, programs: Programs) -> OfflineDriver | DeviceDriver | HostDriver:
@@ -182,11 +208,12 @@ def _evaluation(run: Run, video: bool):
         return None, None
     if source.env is not None:
         return evaluation.make_device(agent, source.env, seeds, config.eval_episodes), None
+    episodes = config.eval_episodes * multitask.count(source.spec)
     # What is filmed must be in this process.
     make = make_pool if video else partial(make_workers, config=config)
-    pool = make(source, seeds, config.eval_episodes, purpose=1)
+    pool = make(source, seeds, episodes, purpose=1)
     filmed = pool.envs[0] if isinstance(pool, HostPool) else None
-    return evaluation.make_host(agent, pool, seeds, config.eval_episodes), filmed
+    return evaluation.make_host(agent, pool, seeds, episodes), filmed
 
 
 def _can_film(env: HostEnv | None) -> bool:
@@ -206,6 +233,7 @@ class Monitor:
         self.returns = np.full(len(seeds), np.nan)  # of the latest episodes
         self.frozen = np.zeros(len(seeds), bool)
         self._news: list[int] = []  # positions of seeds that froze and were not asked for yet
+        self.warned = False  # of terminals that are not learned
         self.faults = np.zeros(len(seeds.own), int)  # of environments, since the start of this process
         self.now: tuple[int, int, Any] = (0, 0, None)  # frames, updates, metrics
         self.ended: list[Episodes] = []
@@ -259,6 +287,12 @@ class Monitor:
         values |= {"env_faults": faults} if faults.any() else {}
         self.logger.log(frames, values | {"time/train": train_seconds})
         self._report_frozen(frames, values.get("frozen", self.frozen) > 0)
+        if np.any(values.get("unlearned_terminals", 0) > 0) and not self.warned:
+            self.warned = True
+            self.progress.say(
+                "warning: episodes of this task terminate, and this world model does not learn when: start "
+                "again with --model.episodic True"
+            )
 
     def _total(self, ended: list[Episodes]) -> tuple[np.ndarray, np.ndarray]:
         """Number and summed return of episodes [S], added one after the other: a resumed run adds the
@@ -286,8 +320,8 @@ def _farewell(folder: RunFolder, where: str, saved: bool) -> str:
 class Timer:
     """Wall seconds by purpose; a context manager per purpose. compile includes the first calls' work."""
 
-    def __init__(self):
-        self.seconds = {"compile": 0.0, "train": 0.0, "evaluate": 0.0, "save": 0.0}
+    def __init__(self, compiling: float = 0.0):
+        self.seconds = {"compile": compiling, "train": 0.0, "evaluate": 0.0, "save": 0.0}
 
     @contextmanager
     def __call__(self, name: str):
@@ -296,17 +330,23 @@ class Timer:
         self.seconds[name] += time.perf_counter() - began
 
 
-def _evaluation_line(frames: int, returns: np.ndarray, timer: Timer, unit: str) -> str:
-    per_seed = ", ".join(f"{mean:.0f}" for mean in returns.mean(1))
+def _evaluation_line(
+    frames: int, returns: np.ndarray, each: Mapping[str, np.ndarray], timer: Timer, unit: str
+) -> str:
+    shown = lambda means: ", ".join(f"{mean:.0f}" for mean in means)
+    over = f"{returns.shape[1]} episodes{' per seed' if len(returns) > 1 else ''}"
     return (
-        f"evaluation at {frames:,} {unit}, {timer.seconds['train']:.0f} s of training: return {per_seed} "
-        f"(mean of {returns.shape[1]} episodes{' per seed' if len(returns) > 1 else ''})"
+        f"evaluation at {frames:,} {unit}, {timer.seconds['train']:.0f} s of training: return "
+        f"{shown(returns.mean(1))} (mean of {over})"
+        + "".join(f"; {name} {shown(means)}" for name, means in each.items())
     )
 
 
-def summarise(frames: int, evaluations, timer: Timer, updates: int, train, seeds: Seeds) -> dict[str, Any]:
+def summarise(
+    frames: int, evaluations, timer: Timer, updates: int, train, seeds: Seeds, spec: EnvSpec
+) -> dict[str, Any]:
     """The contents of ``summary.json``; seconds are wall time, ``eval_return`` is the latest evaluation, and
-    is missing where there is none."""
+    is missing where there is none. Of several tasks it is their mean, and "tasks" has that of each [S]."""
     summary = {
         "env_steps": frames,
         "wall_seconds": sum(timer.seconds.values()),
@@ -321,10 +361,13 @@ def summarise(frames: int, evaluations, timer: Timer, updates: int, train, seeds
         return summary
     returns = evaluations[-1][1]
     per_seed = np.mean(returns, 1)
+    each = lambda returns: {"tasks": multitask.by_task(spec, returns)} if spec.tasks else {}
     latest = {"per_seed": per_seed, "episodes": returns, "mean": per_seed.mean(), "iqm": iqm(per_seed)}
     return summary | {
-        "eval_return": latest | {"ci": list(bootstrap_interval(per_seed))},
-        "evaluations": [{"env_steps": step, "per_seed": np.mean(values, 1)} for step, values in evaluations],
+        "eval_return": latest | {"ci": list(bootstrap_interval(per_seed))} | each(returns),
+        "evaluations": [
+            {"env_steps": step, "per_seed": np.mean(values, 1)} | each(values) for step, values in evaluations
+        ],
     }
 
 
@@ -348,6 +391,7 @@ def finish(folder: RunFolder, summary: dict[str, Any], task: str, title: str, un
     plots.save_curve(folder.curve, evaluations, training, curve, title, unit)
     score = published.score_at(task, summary["env_steps"]) if comparable else None
     returns, wall = summary["eval_return"]["episodes"], summary["wall_seconds"]
-    Console().print(results_table(task, summary["env_steps"], returns, wall, score, seeds, unit))
+    tasks = summary["eval_return"].get("tasks", {})
+    Console().print(results_table(task, summary["env_steps"], returns, wall, score, seeds, unit, tasks))
     report.write_at_end(folder)
     print(f"report.html, curve, metrics and checkpoints: {folder.path}")

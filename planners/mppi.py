@@ -7,7 +7,7 @@ learned over iterations, sequences of the policy take part, and an elite drawn b
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,8 @@ class MPPIConfig(SearchConfig):
     """Largest standard deviation, which every search begins with."""
     execute: Literal["sample", "mean"] = "sample"
     """What is executed: an elite drawn by its weight, or the mean."""
+
+    VARIES: ClassVar = ("temperature",)
 
 
 @dataclass(frozen=True)

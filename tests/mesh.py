@@ -27,6 +27,7 @@ import numpy as np
 import optax
 
 from mbrl import checkpoints, envs, optimisers
+from mbrl.config import override
 from mbrl.drivers import Source, make_source
 from mbrl.experiment import launch
 from mbrl.optimisers import OptimiserConfig
@@ -47,6 +48,7 @@ class Learner(NamedTuple):
     params: Any
     opt: Any
     updates: Any
+    hyper: Any = ()
 
 
 class Acting(NamedTuple):
@@ -55,10 +57,13 @@ class Acting(NamedTuple):
     action: Any
 
 
-def regression(spec: EnvSpec, width: int = 8) -> Agent:
+OPTIMISER = OptimiserConfig(learning_rate=1e-2, warmup=4, eps=1e-3)
+
+
+def regression(spec: EnvSpec, width: int = 8, optimiser: OptimiserConfig = OPTIMISER) -> Agent:
     """Learns to predict rewards, and compiles in a second. It has what a split batch could get wrong: a mean
     over the batch, percentiles of it, noise for each of its rows, and latents that go back into replay."""
-    optimiser = optimisers.make(OptimiserConfig(learning_rate=1e-2, warmup=4, eps=1e-3), 100)
+    rule = optimisers.make(optimiser, 100)
 
     def flat(obs):
         return jnp.concatenate([obs[name] for name in sorted(obs)], -1)
@@ -66,7 +71,7 @@ def regression(spec: EnvSpec, width: int = 8) -> Agent:
     def init(key):
         sizes = sum(entry.size for entry in spec.obs.values())
         params = {"in": 0.5 * jax.random.normal(key, (sizes, width)), "out": jnp.zeros((width,))}
-        return Learner(params, optimiser.init(params), jnp.zeros((), jnp.int32))
+        return Learner(params, rule.init(params), jnp.zeros((), jnp.int32))
 
     def init_actor(train, batch):
         return Acting(jnp.zeros((batch, 1)))
@@ -85,7 +90,7 @@ def regression(spec: EnvSpec, width: int = 8) -> Agent:
             return ((hidden @ params["out"] - target) ** 2).mean(), hidden
 
         (value, hidden), grads = jax.value_and_grad(loss, has_aux=True)(train.params)
-        step, opt = optimiser.update(grads, train.opt, train.params)
+        step, opt = rule.update(grads, train.opt, train.params)
         new = Learner(optax.apply_updates(train.params, step), opt, train.updates + 1)
         return new, UpdateInfo({"loss": value}, jax.lax.stop_gradient(hidden))
 
@@ -107,8 +112,9 @@ LOOP = LoopConfig(
 )
 
 
-def make_run(seeds: Seeds, source: Source = SOURCE, steps: int = 800) -> Run:
-    return Run(regression(source.spec), source, seeds, LOOP, make_clock(LOOP, steps, 4), 4)
+def make_run(seeds: Seeds, source: Source = SOURCE, steps: int = 800, **loop: Any) -> Run:
+    config = override(LOOP, loop)
+    return Run(regression(source.spec), source, seeds, config, make_clock(config, steps, 4), 4)
 
 
 def train(folder: Path, steps: int) -> None:

@@ -46,6 +46,7 @@ SEEDS, PROGRAMS, CHUNKS = (
     "tests/equivalence/test_programs.py",
     "tests/equivalence/test_chunks.py",
 )
+ENSEMBLE = "tests/unit/test_ensemble.py"
 MODELS = "tests/conformance/test_world_models.py -k rssm"
 
 MUTATIONS = [
@@ -121,6 +122,14 @@ MUTATIONS = [
     Mutation("evaluation counts rewards after the end", "mbrl/evaluation.py",
              "returns = returns + jnp.where(done, 0.0, timestep.reward)", "returns = returns + timestep.reward",
              "tests/unit/test_evaluation.py"),
+    Mutation("TS-infinity draws another member at every step", "world_models/ensemble.py",
+             "member = jnp.where(keep, state.member, drawn)", "member = drawn", f"{ENSEMBLE} -k rollout"),
+    Mutation("held-out transitions are learned from", "world_models/ensemble.py",
+             "jnp.where(held[..., None], 0, weights)", "weights", f"{ENSEMBLE} -k weights"),
+    Mutation("the elites are the worst members", "world_models/ensemble.py",
+             'top_k(-params["statistics"]["error"]', 'top_k(params["statistics"]["error"]', f"{ENSEMBLE} -k elites"),
+    Mutation("plans explore in evaluation too", "mbrl/agents/planning.py",
+             'explore is None or mode == "eval"', "explore is None", "tests/unit/test_uncertainty.py -k exploration"),
 ]  # fmt: skip
 
 

@@ -4,7 +4,7 @@ future encodings and rewards, without a decoder (arXiv 2310.16828, section 3.1).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -64,6 +64,8 @@ class TDMPCModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the networks' activations; parameters, losses and optimiser stay float32."""
 
+    VARIES: ClassVar = ("discount", "encoder_lr_scale")
+
 
 class Latent(NamedTuple):
     """A latent [..., L], and the latent and the action [..., A] that led to it: zeros at an episode's start.
@@ -88,9 +90,9 @@ def make(config: TDMPCModelConfig, spec: EnvSpec) -> WorldModel:
     """TD-MPC2's world model for the observations and actions of ``spec``."""
     check(config)
     c, dtype = config, jnp.dtype(config.dtype)
-    discount = c.discount or episode_discount(spec.max_steps)
     if spec.tasks and c.episodic:
         raise UserError("model.episodic must be False for several tasks, whose episodes must not terminate")
+    discount = episode_discount(spec.max_steps, c.discount)
     gammas, masks = multitask.discounts(spec, c.discount), multitask.action_mask(spec)
     images, vectors = split_obs({k: v for k, v in spec.obs.items() if not (spec.tasks and k == TASK)})
     task_size = c.task_size if spec.tasks else 0

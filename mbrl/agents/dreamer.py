@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -87,10 +87,17 @@ class DreamerConfig:
     """Learning rate of the critic as a multiple of the optimiser's."""
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
 
+    VARIES: ClassVar = (
+        *("lam", "noise_correlation", "entropy", "scale_rec", "scale_reward", "scale_cont", "scale_dyn"),
+        *("scale_rep", "scale_replay_value", "slow_rate", "slow_scale", "return_rate"),
+        *("actor_lr_scale", "critic_lr_scale"),
+    )
+
 
 class TrainState(NamedTuple):
     """Everything that learns. params: {"model", "actor", "critic"}; slow: the slow critic's parameters;
-    actor_average: averaged policy parameters, or () when off."""
+    actor_average: averaged policy parameters, or () when off; hyper: numbers in which members of a population
+    differ (`mbrl.population`), or () where they do not."""
 
     params: dict[str, Any]
     slow: Any
@@ -98,6 +105,7 @@ class TrainState(NamedTuple):
     opt: Any
     return_norm: losses.ReturnNorm
     updates: Array
+    hyper: Any = ()
 
 
 class ActorState(NamedTuple):
@@ -171,7 +179,7 @@ def behaviour(config: DreamerConfig, spec: EnvSpec) -> Behaviour:
     return Behaviour(actor, critic, policy, value)
 
 
-def make_simulator(config: DreamerConfig, spec: EnvSpec, model: WorldModel, discount: float) -> Simulator:
+def make_simulator(config: DreamerConfig, spec: EnvSpec, model: WorldModel, discount: Any) -> Simulator:
     """What a planner needs of Dreamer; its parameters are those of `acting_params`. discount: not needed, as
     the model's ``cont`` holds it."""
     _, _, policy, value = behaviour(config, spec)
@@ -192,9 +200,7 @@ def acting_params(config: DreamerConfig, train: TrainState, mode: str) -> dict[s
     return train.params | {"actor": train.actor_average} if averaged else train.params
 
 
-def make(
-    config: DreamerConfig, spec: EnvSpec, model: WorldModel, discount: float, total_updates: int
-) -> Agent:
+def make(config: DreamerConfig, spec: EnvSpec, model: WorldModel, discount: Any, total_updates: int) -> Agent:
     """Dreamer on any world model.
 
     discount: per agent step, the one that the model's continue head learns. total_updates: length of the

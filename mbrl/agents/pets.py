@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mbrl import optimisers
+from mbrl import losses, optimisers
 from mbrl.collect import random_action
 from mbrl.errors import check_at_least
 from mbrl.optimisers import OptimiserConfig
@@ -37,11 +37,12 @@ class PETSConfig:
 
 
 class TrainState(NamedTuple):
-    """Everything that learns. params: {"model"}."""
+    """Everything that learns. params: {"model"}; hyper: as in `mbrl.population`, or ()."""
 
     params: dict[str, Any]
     opt: Any
     updates: Array
+    hyper: Any = ()
 
 
 class ActorState(NamedTuple):
@@ -94,6 +95,7 @@ def make(config: PETSConfig, spec: EnvSpec, model: WorldModel, discount: float, 
         means = {name: x[1:].mean() for name, x in seen.losses.items()}
         loss = sum(scales[name] * mean for name, mean in means.items())
         metrics = {f"{name}_loss": mean for name, mean in means.items()} | seen.metrics
+        metrics |= losses.unlearned_terminals(means, traj.is_terminal)
         return loss, (seen.statistics, metrics | {"loss": loss})
 
     def update(train: TrainState, traj: Trajectory, key) -> tuple[TrainState, UpdateInfo]:

@@ -86,7 +86,7 @@ def assemble(
     check_numbers(config.plan)
     discount = config.model.discount
     if not spec.tasks:
-        discount = discount or episode_discount(spec.max_steps)
+        discount = episode_discount(spec.max_steps, discount)
     agent = agents.make(config.agent, spec, model, discount, updates)
     if config.planner == "none":
         return agent

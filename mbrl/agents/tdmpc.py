@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,10 +64,15 @@ class TDMPCConfig:
     )
     """Of the policy."""
 
+    VARIES: ClassVar = (
+        *("rho", "scale_consistency", "scale_reward", "scale_value", "scale_termination", "entropy"),
+        *("scale_rate", "target_rate"),
+    )
+
 
 class TrainState(NamedTuple):
     """Everything that learns. params: {"model", "critic", "actor"}; target: the target critics' parameters;
-    scale: what the policy loss divides values by."""
+    scale: what the policy loss divides values by; hyper: as in `mbrl.population`, or ()."""
 
     params: dict[str, Any]
     target: Any
@@ -75,6 +80,7 @@ class TrainState(NamedTuple):
     actor_opt: Any
     scale: Array
     updates: Array
+    hyper: Any = ()
 
 
 class ActorState(NamedTuple):
@@ -143,7 +149,7 @@ def two_of(critics, key):
     return jax.tree.map(lambda x: x[index], critics)
 
 
-def make_simulator(config: TDMPCConfig, spec: EnvSpec, model: WorldModel, discount: float) -> Simulator:
+def make_simulator(config: TDMPCConfig, spec: EnvSpec, model: WorldModel, discount: Any) -> Simulator:
     """What a planner needs of TD-MPC2; its parameters are those of the agent. discount: as in `make`."""
     _, _, policy, values = behaviour(config, spec)
 
@@ -183,7 +189,7 @@ def acting_params(config: TDMPCConfig, train: TrainState, mode: str) -> dict[str
     return train.params
 
 
-def make(config: TDMPCConfig, spec: EnvSpec, model: WorldModel, discount: float, total_updates: int) -> Agent:
+def make(config: TDMPCConfig, spec: EnvSpec, model: WorldModel, discount: Any, total_updates: int) -> Agent:
     """TD-MPC2 on a world model that gives ``Observed.predicted``; it acts by its policy, until
     `mbrl.agents.planning` adds a planner.
 
@@ -260,6 +266,7 @@ def make(config: TDMPCConfig, spec: EnvSpec, model: WorldModel, discount: float,
         value_loss = (weight * value.loss(goals)).mean()
         loss = loss + config.scale_value * value_loss
         metrics = {f"{name}_loss": mean for name, mean in means.items()} | seen.metrics
+        metrics |= losses.unlearned_terminals(means, traj.is_terminal)
         metrics |= {"value_loss": value_loss, "loss": loss, "target_value": target.mean()}
         return loss, (sg(seen.predicted), config.rho ** age.astype(jnp.float32), metrics)
 

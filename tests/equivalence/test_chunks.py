@@ -9,6 +9,7 @@ import pytest
 from mbrl import envs
 from mbrl.drivers import DeviceDriver, Source
 from tests.helpers import as_numpy, assert_close, assert_same, on_one_device, tiny_run
+from tests.mesh import make_run as regression_run
 
 ENV = envs.make_jax("pendulum", max_steps=6)
 SOURCE = Source(ENV.spec, ENV)
@@ -57,3 +58,13 @@ def test_the_run_did_something(one_by_one):
     assert one_by_one.state.health.rejected.tolist() == [0]
     # 80 rows of 7-row episodes in 2 environments: the 11th ends at row 77.
     assert one_by_one.episodes == 2 * (80 // 7)
+
+
+def test_programs_do_not_grow_with_chunk_and_train_ratio():
+    """Updates and iterations are scanned: what is compiled is of one size."""
+    sizes = []
+    for changes in ({}, {"train_ratio": 64.0}, {"chunk": 8}):
+        run = regression_run(on_one_device(0), **changes)
+        assert run.clock.updates == (64 if "train_ratio" in changes else 2)
+        sizes.append(len(run.programs().chunk.lower(*run.chunk_shapes()).as_text()))
+    assert max(sizes) < 1.1 * min(sizes)

@@ -145,7 +145,7 @@ def of_field(name: str, kind: object, model: str) -> Iterator[Case]:
         wrong += [("2000000001", ["of memory", "the largest part", "lower"])]
     for value, words in wrong:
         yield Case([f"{flag}={value}"], words)
-    if kind is bool and name != "resume":  # which asks for a folder first
+    if kind is bool and name not in ("resume", "distributed"):  # which ask for a folder and for others first
         yield Case([flag, "maybe"], ["Unrecognized options: maybe"])
     misspelt = flag[:-2] + flag[-1] + flag[-2] if flag[-1] != flag[-2] else flag + "s"
     if kind is not bool and name not in ("task", "seed", "steps"):  # so short that others look as close

@@ -15,7 +15,7 @@ from mbrl.drivers import Source
 from mbrl.errors import UserError
 from mbrl.programs import RunState
 from mbrl.seeds import Seeds
-from tests.helpers import TINY, assert_same, one_seed, script, tiny_tdmpc_run
+from tests.helpers import TINY, assert_same, on_one_device, one_seed, script, tiny_tdmpc_run
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,15 @@ def test_evaluation_is_that_of_the_run(run, run_dir):
     summary = json.loads((run_dir / "summary.json").read_text())
     assert run.frames == summary["env_steps"] and run.seeds.seeds == (5, 6)
     np.testing.assert_array_equal(run.evaluate(), summary["eval_return"]["episodes"])
+
+
+def test_another_number_of_devices_evaluates_the_same(run, run_dir, monkeypatch):
+    """A checkpoint of two devices on one: every return of every seed, but for rounding along the episodes."""
+    assert run.seeds.shards == 2
+    monkeypatch.setattr(finished.Seeds, "make", lambda first, count: on_one_device(5, 6, loop=True))
+    elsewhere = mbrl.load(run_dir)
+    assert elsewhere.seeds.shards == 1
+    np.testing.assert_allclose(elsewhere.evaluate(), run.evaluate(), rtol=0.02)
 
 
 def test_what_is_played_adds_up(run, played):

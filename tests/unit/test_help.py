@@ -8,6 +8,7 @@ from tests.helpers import script
 
 SHORT = {"dreamer_dmc": "--task --steps --resume --world-model --loop.* --agent.* --help-all presets"}
 SHORT |= {"tdmpc_dmc": "--task --planner --search.* --agent.*", "memory": "--gap --probe.* --model.*"}
+SHORT |= {"pets": "--task --planner --plan.* --model.* --agent.*"}
 SHORT |= {"mpc_true_model": "--planner --plan.* --search.*"}
 
 

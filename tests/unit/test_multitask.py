@@ -60,6 +60,10 @@ def test_specs_and_tables_by_hand():
     assert shown["task"].shape == (7,) and not shown["task"].any()
     assert EnvSpec.of_json(dataclasses.asdict(SPEC)) == SPEC
     assert multitask.join("wide", [ONE], (9, 4)).obs["state"].shape == (9,)
+    each = multitask.by_task(SPEC, [[1, 10, 3, 30], [5, 50, 7, 70]])
+    np.testing.assert_array_equal(each["one"], [2, 6])
+    np.testing.assert_array_equal(each["two"], [20, 60])
+    assert multitask.by_task(ONE, [[1.0]]) == {}
 
 
 @pytest.mark.parametrize(
@@ -68,6 +72,7 @@ def test_specs_and_tables_by_hand():
         ({"action": ArraySpec((3,), classes=3)}, ["two", "discrete"]),
         ({"obs": {"x": ArraySpec((), "int32", 4)}}, ["two", "categories"]),
         ({"action_repeat": 1}, ["two", "one", "action repeat"]),
+        ({"name": "one"}, ["one", "twice"]),
     ],
 )
 def test_tasks_that_do_not_fit_together(change, words):

@@ -15,7 +15,14 @@ from mbrl.agents import tdmpc
 from mbrl.agents.planning import assemble
 from mbrl.agents.tdmpc import TDMPCConfig
 from mbrl.errors import UserError
-from mbrl.planning import PlanConfig, make_planner, plan_objective, read_weights
+from mbrl.planning import (
+    PlanConfig,
+    evaluate,
+    make_objective,
+    make_planner,
+    plan_objective,
+    read_weights,
+)
 from mbrl.types import Agent, ArraySpec, EnvSpec, Prediction, Simulator, Starts, UpdateInfo
 from planners.random import RandomConfig, make
 from world_models import tdmpc as tdmpc_model
@@ -142,3 +149,27 @@ def test_spread_of_the_critics_of_tdmpc():
 
     for said, values in zip(*everything(jax.random.key(0))):
         np.testing.assert_allclose(said["value_std"], np.asarray(values, np.float64).std(0), rtol=1e-4)
+
+
+def test_what_has_no_weight_is_not_computed():
+    """A plan that weighs nothing costs as much as one whose model reports nothing."""
+    config = TDMPCConfig(critics=4, **SMALL)
+    params = jax.eval_shape(tdmpc.make(config, SPEC, MODEL, 0.9, 1).init, jax.random.key(0)).params
+    simulator = tdmpc.make_simulator(config, SPEC, MODEL, 0.9)
+    value = simulator.value
+    assert value is not None
+    silent = simulator._replace(
+        predict=lambda *args: simulator.predict(*args)._replace(uncertainty={}),
+        value=lambda *args: value(*args)[0],
+    )
+
+    def flops(simulator: Simulator, **weights: float) -> float:
+        def score(params, state, actions):
+            starts, keys = simulator.starts(params, state), (jax.random.key(0),) * 2
+            return evaluate(simulator, params, make_objective(**weights), starts, actions, keys)
+
+        state = jax.eval_shape(lambda p: MODEL.init_state(p["model"], 1), params)
+        program = jax.jit(score).lower(params, state, jnp.zeros((2, 3, 1, 1, 2))).compile()
+        return program.cost_analysis()["flops"]
+
+    assert flops(simulator) == flops(silent) < flops(simulator, value_std=-1.0)

@@ -1,0 +1,166 @@
+"""What more seeds cost in one program, and how time, memory and compilation grow.
+
+    python benchmarks/seeds.py --num-seeds 1 2 4 8 --json seeds.json --markdown seeds.md
+
+Four tables for Dreamer with a preset, on walker_walk's shapes, updates alone:
+seeds: time per update of all seeds, its ratio to as many runs one after another, compile time, memory.
+growth: one seed with twice and four times the batch, the sequence length, or the horizon.
+compile: a program with the updates of one environment step at train ratio 1, and at 64.
+Memory is the plan that a run prints, beside what the process really took at its peak, over what it had before
+the first buffer. Each case runs in a process of its own; times are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from train_step import WALKER, configs, make_agent, wall_seconds
+
+from mbrl import memory
+from mbrl.config import override
+from mbrl.drivers import Source
+from mbrl.presets import DREAMER
+from mbrl.programs import make_clock
+from mbrl.run_folder import machine, versions
+from mbrl.seeds import Seeds, use_cpu_devices
+from mbrl.train import Run
+
+UPDATES = 10
+"""Updates of a timed call."""
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure(preset: str, num_seeds: int, repeats: int, updates: int = UPDATES, **changes: int) -> dict:
+    """Figures of one case. changes: batch_size, batch_length, horizon."""
+    use_cpu_devices(num_seeds)
+    model, agent_config, loop = configs(preset)
+    agent_config = override(agent_config, {k: v for k, v in changes.items() if k == "horizon"})
+    loop = override(loop, {k: v for k, v in changes.items() if k != "horizon"} | {"pretrain": updates})
+    # One update for an environment's row, so that any batch gives a whole number.
+    ratio = loop.batch_size * loop.batch_length / loop.num_envs
+    loop = dataclasses.replace(loop, train_ratio=ratio, collect_steps=0, prefill=0, replay_size=20_000)
+    length = loop.batch_length + int(agent_config.replay_context)
+    seeds, agent = Seeds.make(0, num_seeds), make_agent(WALKER, model, agent_config)
+    run = Run(agent, Source(WALKER), seeds, loop, make_clock(loop, 10**6, length), length)
+    programs, keys, least = run.programs(), seeds.keys(), memory.check_memory(run)
+    before, began = peak_mib(), time.perf_counter()
+    step = programs.pretrain.lower(*run.chunk_shapes()[:2]).compile()
+    compiling = time.perf_counter() - began
+    found, devices = step.memory_analysis(), len(memory.own_devices(seeds))
+    beside = found.output_size_in_bytes - found.alias_size_in_bytes + found.temp_size_in_bytes
+    planned = (found.argument_size_in_bytes + beside) * devices
+    state = jax.block_until_ready(programs.init(keys))
+    filled = 0 * state.replay.inserted + run.clock.capacity  # zeros are as good as any data here
+    state = state._replace(replay=state.replay._replace(inserted=filled))
+    compiled = peak_mib()
+
+    def call():
+        nonlocal state
+        state, metrics = programs.pretrain(state, keys)
+        jax.block_until_ready(metrics)
+
+    call()
+    seconds = [wall_seconds(call) for _ in range(repeats)]
+    return {
+        "preset": preset,
+        "num_seeds": num_seeds,
+        "updates": updates,
+        **changes,
+        "devices": devices,
+        "milliseconds_per_update": 1e3 * statistics.median(seconds) / updates,
+        "compile_seconds": compiling,
+        "state_mib": (least.total - least.working) / 2**20,
+        "planned_mib": planned / 2**20,
+        "peak_growth_mib": peak_mib() - before,
+        "peak_growth_after_compiling_mib": peak_mib() - compiled,
+    }
+
+
+def in_subprocess(**case: Any) -> dict:
+    done = subprocess.run(
+        [sys.executable, __file__, "--case", json.dumps(case)], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(f"{case} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def table(title: str, columns: dict[str, str], rows: list[dict]) -> str:
+    """A Markdown table. columns: {heading: format of a row's fields}."""
+    lines = [f"{title}\n", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    lines += [f"| {' | '.join(cell.format(**row) for cell in columns.values())} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+MEASURED = {
+    "ms per update": "{milliseconds_per_update:.1f}",
+    "compile s": "{compile_seconds:.1f}",
+    "state MiB": "{state_mib:.1f}",
+    "planned MiB": "{planned_mib:.0f}",
+    "peak of the process MiB": "+{peak_growth_mib:.0f}",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", default="s", choices=list(DREAMER))
+    parser.add_argument("--num-seeds", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--skip-growth", action="store_true", help="seeds only")
+    parser.add_argument("--repeats", type=int, default=7, help="timed calls of 10 updates")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--markdown", type=Path, help="also write the tables to this file")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case:
+        print(json.dumps(measure(**json.loads(args.case))))
+        return
+    common, texts = {"preset": args.preset, "repeats": args.repeats}, []
+
+    def show(text: str) -> None:
+        texts.append(text)
+        print(text, flush=True)
+
+    seeds = [in_subprocess(num_seeds=s, **common) for s in args.num_seeds]
+    one = next((row for row in seeds if row["num_seeds"] == 1), None) or in_subprocess(num_seeds=1, **common)
+    for row in seeds:
+        alone = row["num_seeds"] * one["milliseconds_per_update"]
+        row["of_runs_alone"] = row["milliseconds_per_update"] / alone
+        row["mib_per_seed"] = row["planned_mib"] / row["num_seeds"]
+    heads = {"seeds": "{num_seeds}", "devices": "{devices}", "of as many alone": "{of_runs_alone:.2f}"}
+    show(table(f"Seeds, {args.preset}", heads | MEASURED | {"MiB per seed": "{mib_per_seed:.0f}"}, seeds))
+    growth, compiling = [], []
+    if not args.skip_growth:
+        _, agent, loop = configs(args.preset)
+        base = {"batch_size": loop.batch_size, "batch_length": loop.batch_length, "horizon": agent.horizon}
+        for name in base:
+            for factor in (1, 2, 4):
+                growth.append(in_subprocess(num_seeds=1, **common, **base | {name: factor * base[name]}))
+        heads = {"batch": "{batch_size}", "T": "{batch_length}", "H": "{horizon}"}
+        show(table(f"Growth, {args.preset}, one seed", heads | MEASURED, growth))
+        compiling = [in_subprocess(num_seeds=1, **common, updates=u) for u in (1, 64)]
+        heads = {"updates in the program": "{updates}", "compile s": "{compile_seconds:.1f}"}
+        show(table(f"Compile time, {args.preset}", heads, compiling))
+    if args.markdown:
+        args.markdown.write_text("\n".join(texts))
+    if args.json:
+        figures = {"machine": machine(), "versions": versions(), "seeds": seeds, "growth": growth}
+        args.json.write_text(json.dumps(figures | {"compile": compiling}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

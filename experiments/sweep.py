@@ -1,0 +1,187 @@
+"""Grid or random search over the settings of an experiment: what changes no shape is one program.
+
+    python experiments/sweep.py experiments/dreamer_dmc.py --num-seeds 3 \\
+        --vary agent.entropy=1e-4,3e-4,1e-3 agent.lam=0.9,0.95 -- --task pendulum --steps 40000
+    python experiments/sweep.py experiments/tdmpc_dmc.py --search random --trials 8 \\
+        --vary agent.optimiser.learning_rate=log:1e-4:1e-3 search.temperature=0.2:1.0 -- --task pendulum
+
+What follows -- are flags of the experiment. Settings that differ only in numbers such as learning rates, loss
+weights, the discount or a planner's temperature are trained together, seed by seed, in one program; others
+one program after the other. Leaves results.json and results.csv, best setting first, and the run folders.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import importlib.util
+import itertools
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from mbrl.config import check_config, run_main
+from mbrl.errors import UserError, check_at_least
+from mbrl.population import can_vary, look_up, with_values
+from mbrl.run_folder import RunFolder, jsonable, write_json
+from mbrl.statistics import bootstrap_interval, iqm
+
+
+@dataclass(frozen=True)
+class Config:
+    """Grid or random search over the settings of an experiment."""
+
+    script: Annotated[Path, tyro.conf.Positional]
+    """The experiment, which ends in a call of ``execute``."""
+    vary: tuple[str, ...]
+    """FIELD=A,B,C lists values; FIELD=LOW:HIGH and FIELD=log:LOW:HIGH are ranges for random search."""
+    search: Literal["grid", "random"] = "grid"
+    """All combinations of the values, or random ones."""
+    trials: int = 16
+    """Settings that random search draws."""
+    num_seeds: int = 3
+    """Seeds of each setting. No two settings share one."""
+    seed: int = 0
+    """First seed, and that of random search."""
+    sweep_dir: str = ""
+    """Folder of the sweep; empty makes a new one under runs/. The sweep in an old one goes on."""
+
+
+def experiment(script: Path, flags: list[str]) -> SimpleNamespace:
+    """What the experiment would execute with these flags: config, kind, make_agent, extra_rows, name, run."""
+    spec = importlib.util.spec_from_file_location("swept_experiment", script)
+    if spec is None or spec.loader is None or not script.is_file():
+        raise UserError(f"script is {script}, it must be an experiment such as experiments/dreamer_dmc.py")
+    module: Any = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its annotations are looked up there
+    spec.loader.exec_module(module)
+    if not hasattr(module, "execute"):
+        raise UserError(f"{script} cannot be swept: it does not end in a call of mbrl.experiment.execute")
+    found, run = SimpleNamespace(), module.execute
+
+    def keep(config, kind, make_agent, extra_rows, name):
+        vars(found).update(config=config, parts=(kind, make_agent, extra_rows, name), run=run)
+
+    module.execute = keep
+    module.main(flags)
+    return found
+
+
+def parse_value(base: Any, name: str, text: str) -> Any:
+    kind = type(look_up(base, name))
+    try:
+        return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"--vary {name} has the value {text!r}, it must be {kind.__name__}") from None
+
+
+def settings(config: Config, base: Any) -> list[dict[str, Any]]:
+    """The settings of the sweep, {dotted field: value} each."""
+    rng, axes = np.random.default_rng(config.seed), {}
+    for item in config.vary:
+        name, equals, text = item.partition("=")
+        if not equals:
+            raise UserError(f"--vary {item} must be FIELD=VALUES")
+        axes[name] = [part.split(",") for part in text.split(":")]
+    if config.search == "grid":
+        if ranges := [name for name, parts in axes.items() if len(parts) > 1]:
+            raise UserError(f"--vary {ranges[0]} is a range: use --search random, or list its values")
+        values = [[parse_value(base, name, text) for text in parts[0]] for name, parts in axes.items()]
+        return [dict(zip(axes, combined, strict=True)) for combined in itertools.product(*values)]
+
+    def draw(name, parts):
+        if len(parts) == 1:
+            return parse_value(base, name, str(rng.choice(parts[0])))
+        log = parts[0] == ["log"]
+        low, high = (float(parse_value(base, name, part[0])) for part in parts[log:])
+        number = np.exp(rng.uniform(np.log(low), np.log(high))) if log else rng.uniform(low, high)
+        return type(look_up(base, name))(number)
+
+    check_at_least("trials", config.trials, 1)
+    return [{name: draw(name, parts) for name, parts in axes.items()} for _ in range(config.trials)]
+
+
+def train_group(found: SimpleNamespace, base: Any, group: list[dict], fields: list[str], seeds: int) -> Any:
+    """The summary of a run whose members are ``seeds`` of each setting; from its folder where it is there."""
+    members = [setting for setting in group for _ in range(seeds)]
+    vary = {name: [member[name] for member in members] for name in fields} if len(group) > 1 else {}
+    config = with_values(base, {k: v for k, v in group[0].items() if k not in vary})
+    check_config(config)
+    folder = Path(config.run_dir)
+    if (folder / "config.json").exists():
+        stored, mine = RunFolder.config_of(folder), jsonable(dataclasses.asdict(config))
+        if stored.get("vary", {}) != jsonable(vary) or stored["config"] != mine | {"run_dir": folder.name}:
+            raise UserError(f"{folder} is of another sweep: give another --sweep-dir")
+        config = dataclasses.replace(config, resume=True)
+    return found.run(config, *found.parts, vary=vary)
+
+
+def report(rows: list[dict[str, Any]], folder: Path) -> None:
+    """results.json, results.csv and a table on the screen, best setting first."""
+    rows = sorted(rows, key=lambda row: -np.nan_to_num(row["iqm"], nan=-np.inf))
+    write_json(folder / "results.json", rows)
+    names = list(rows[0]["setting"])
+    table = Table(*names, "IQM", "95 % interval", "per seed", title=folder.name)
+    with open(folder / "results.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*names, "iqm", "low", "high", "run", "seeds", "per_seed"])
+        for row in rows:
+            values, returns = row["setting"].values(), " ".join(f"{x:.1f}" for x in row["per_seed"])
+            seeds = " ".join(map(str, row["seeds"]))
+            writer.writerow([*values, row["iqm"], *row["ci"], row["run"], seeds, returns])
+            shown = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values]
+            interval = "one seed" if len(row["seeds"]) == 1 else "{:.1f} to {:.1f}".format(*row["ci"])
+            table.add_row(*shown, f"{row['iqm']:.1f}", interval, returns)
+    Console().print(table)
+
+
+def main(argv: Sequence[str]) -> None:
+    own, _, flags = (list(part) for part in _split(argv))
+    config = tyro.cli(Config, args=own)
+    check_at_least("num_seeds", config.num_seeds, 1)
+    for name in ("--num-seeds", "--seed", "--run-dir", "--resume"):
+        if name in flags:
+            raise UserError(f"{name} belongs to the sweep itself: give it before --, or not at all")
+    folder = Path(config.sweep_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-sweep")
+    # As many seeds as all settings could need: the CPU's virtual devices are counted from it.
+    count = config.trials if config.search == "random" else np.prod([1 + v.count(",") for v in config.vary])
+    found = experiment(config.script, [*flags, "--num-seeds", str(count * config.num_seeds)])
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for setting in settings(config, found.config):
+        fixed = tuple((k, v) for k, v in setting.items() if not can_vary(found.config, k))
+        groups.setdefault(fixed, []).append(setting)
+    print(
+        f"{sum(map(len, groups.values()))} settings with {config.num_seeds} seeds, {len(groups)} program(s)"
+    )
+    rows, seed = [], config.seed
+    for number, group in enumerate(groups.values()):
+        fields = [name for name in group[0] if can_vary(found.config, name)]
+        name, size = f"group{number}", len(group) * config.num_seeds
+        place = {"run_dir": str(folder / name), "seed": seed, "num_seeds": size}
+        base = dataclasses.replace(found.config, **place)
+        summary = train_group(found, base, group, fields, config.num_seeds)
+        returns = np.reshape(summary["eval_return"]["per_seed"], (len(group), -1))
+        for i, (setting, values) in enumerate(zip(group, returns, strict=True)):
+            own = range(seed + i * config.num_seeds, seed + (i + 1) * config.num_seeds)
+            result = {"iqm": iqm(values), "ci": bootstrap_interval(values), "per_seed": values.tolist()}
+            rows.append({"setting": setting, **result, "run": name, "seeds": list(own)})
+        seed += size
+        report(rows, folder)
+
+
+def _split(argv: Sequence[str]) -> tuple[Sequence[str], str, Sequence[str]]:
+    at = list(argv).index("--") if "--" in argv else len(argv)
+    return argv[:at], "--", argv[at + 1 :]
+
+
+if __name__ == "__main__":
+    run_main(main)

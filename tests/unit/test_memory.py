@@ -1,0 +1,82 @@
+"""The memory plan: what it says is what the run takes, and too much is refused before anything is allocated."""
+
+from __future__ import annotations
+
+import logging
+
+import jax
+import numpy as np
+import pytest
+
+from mbrl import memory
+from mbrl.drivers import DeviceDriver, HostDriver, Source, make_pool
+from mbrl.envs import make_host
+from mbrl.errors import UserError
+from mbrl.seeds import Seeds
+from tests.mesh import ENV, make_run
+
+HOST = Source(ENV.spec, None, lambda seed: make_host("gym:Pendulum-v1", seed, 1))
+
+
+def live_bytes() -> int:
+    return sum(shard.data.nbytes for array in jax.live_arrays() for shard in array.addressable_shards)
+
+
+def run_on(where: str):
+    seeds = Seeds.make(0, 2)
+    if where == "device":
+        run = make_run(seeds)
+        return run, run.programs(), lambda programs: DeviceDriver(programs, 1)
+    pytest.importorskip("gymnasium")
+    spec = make_host("gym:Pendulum-v1", 0, 1).spec
+    source = Source(spec, None, HOST.make_host)
+    run = make_run(seeds, source)
+    pool = make_pool(source, seeds, run.config.num_envs, 0)
+    make = lambda programs: HostDriver(programs, pool, seeds, run.config.num_envs, run.clock.rows)
+    return run, run.programs(), make
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_the_plan_is_what_is_allocated(where, caplog):
+    """Within a tenth: the buffers that are alive after an iteration, and what the compiler gives the program
+    beside them. The program that was compiled for the plan is the one that runs."""
+    run, programs, make_driver = run_on(where)
+    least = memory.check_memory(run)
+    before, said = live_bytes(), []
+    memory.compile_and_check(run, programs, least, said.append)
+    plan = memory.compiled_plan(run, programs, least)
+    assert said and f"{plan.total / 2**10:.1f} KiB" in said[0]
+    keys, driver = run.seeds.keys(), make_driver(programs)
+    state = programs.init(keys)
+    assert abs(plan.total - plan.working - (live_bytes() - before)) < 0.1 * plan.total
+    for i in range(run.clock.prefill):
+        state, *_ = driver.advance(state, keys, i, learning=False)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        state, *_ = driver.advance(state, keys, run.clock.prefill, learning=True)
+    name = "chunk" if where == "device" else "learn"
+    assert getattr(programs, name)._cache_size() == 1
+    assert not [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()]
+    program = programs.chunk if where == "device" else programs.learn
+    shapes = run.chunk_shapes() if where == "device" else run.learn_shapes()
+    found = program.lower(*shapes).compile().memory_analysis()
+    alive = live_bytes() - before
+    assert plan.total == pytest.approx(alive + 2 * found.temp_size_in_bytes, rel=0.1)
+
+
+def test_too_much_is_refused_before_anything_is_allocated():
+    """Ten times the memory of this machine, as replay: one sentence, no new buffer, nothing compiled."""
+    run = make_run(Seeds.make(0, 2))
+    available = memory.available_bytes(memory.own_devices(run.seeds))
+    assert available is not None
+    row = memory.num_bytes(run.shapes().replay.data) // run.clock.capacity
+    clock = run.clock._replace(capacity=10 * available // row)
+    before = live_bytes()
+    with pytest.raises(UserError, match="the largest part is replay with"):
+        memory.check_memory(run._replace(clock=clock))
+    assert live_bytes() == before
+
+
+def test_a_split_batch_needs_the_networks_on_each_device():
+    """Two devices for one seed hold it twice."""
+    one, two = (memory.check_memory(make_run(Seeds.make(0, 1, data))) for data in (1, 2))
+    assert two == tuple(2 * np.array(one))

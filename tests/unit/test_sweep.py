@@ -1,0 +1,112 @@
+"""The sweep: which settings, what shares a program, and the table at the end. No agent is trained here."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from mbrl.agents.dreamer import DreamerConfig
+from mbrl.errors import UserError
+from mbrl.experiment import Experiment
+from tests.helpers import script
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Experiment):
+    """Like an experiment's."""
+
+    agent: DreamerConfig = field(default_factory=DreamerConfig)
+    """Behaviour."""
+
+
+@pytest.fixture
+def sweep(monkeypatch):
+    """``sweep(flags) -> runs``: the module's main with an experiment whose result is known: 100 x the entropy
+    weight of a member, and its units."""
+    main = script("sweep")
+    runs = []
+
+    def run(config, kind, make_agent, extra_rows, name, vary):
+        runs.append((config, vary))
+        entropies = vary.get("agent.entropy", [config.agent.entropy] * config.num_seeds)
+        return {"eval_return": {"per_seed": [100 * x + config.agent.units for x in entropies]}}
+
+    found = SimpleNamespace(config=Settings(), parts=("dreamer", None, 0, "Dreamer"), run=run)
+
+    def experiment(path, flags):
+        found.flags = flags
+        return found
+
+    monkeypatch.setitem(main.__globals__, "experiment", experiment)
+
+    def call(*flags):
+        runs.clear()
+        main(["some.py", *flags])
+        return runs
+
+    call.found = found
+    return call
+
+
+def test_numbers_share_a_program_and_shapes_do_not(sweep, tmp_path):
+    """A grid of 2 x 2: one program for each width, with both weights in it; seeds are all different."""
+    runs = sweep(
+        *["--num-seeds", "2", "--sweep-dir", str(tmp_path)],
+        *["--vary", "agent.entropy=0.1,0.2", "agent.units=8,16", "--", "--task", "pendulum"],
+    )
+    assert [(c.agent.units, c.seed, c.num_seeds) for c, _ in runs] == [(8, 0, 4), (16, 4, 4)]
+    assert all(vary == {"agent.entropy": [0.1, 0.1, 0.2, 0.2]} for _, vary in runs)
+    assert sweep.found.flags == ["--task", "pendulum", "--num-seeds", "8"]
+    rows = json.loads((tmp_path / "results.json").read_text())
+    best = [(row["setting"]["agent.entropy"], row["setting"]["agent.units"], row["seeds"]) for row in rows]
+    assert best == [(0.2, 16, [6, 7]), (0.2, 8, [2, 3]), (0.1, 16, [4, 5]), (0.1, 8, [0, 1])]
+    assert rows[0]["iqm"] == pytest.approx(36) and rows[0]["run"] == "group1"
+    with open(tmp_path / "results.csv") as file:
+        table = list(csv.DictReader(file))
+    assert [float(row["iqm"]) for row in table] == pytest.approx([36, 28, 26, 18])
+
+
+def test_a_single_setting_is_an_ordinary_run(sweep, tmp_path):
+    ((config, vary),) = sweep("--sweep-dir", str(tmp_path), "--vary", "agent.entropy=0.5")
+    assert vary == {} and config.agent.entropy == 0.5 and config.num_seeds == 3
+
+
+def test_random_search_draws_from_ranges_and_lists(sweep, tmp_path):
+    """Within their limits, log-uniform where asked, the same for the same seed."""
+    flags = ["--search", "random", "--trials", "200", "--num-seeds", "1", "--sweep-dir", str(tmp_path)]
+    flags += ["--vary", "agent.entropy=log:1e-4:1e-2", "agent.lam=0.8:0.9", "agent.scale_rep=0.1,0.2"]
+    ((_, vary),) = sweep(*flags)
+    entropy, lam = np.array(vary["agent.entropy"]), np.array(vary["agent.lam"])
+    assert 1e-4 <= entropy.min() < 2e-4 and 5e-3 < entropy.max() <= 1e-2
+    assert np.log10(entropy).mean() == pytest.approx(-3, abs=0.15)
+    assert 0.8 <= lam.min() < lam.max() <= 0.9 and set(vary["agent.scale_rep"]) == {0.1, 0.2}
+    assert sweep(*flags)[0][1] == vary
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--vary", "agent.entrpy=1,2"], "agent.entrpy"),
+        (["--vary", "agent.entropy"], "must be FIELD=VALUES"),
+        (["--vary", "agent.entropy=a,b"], "it must be float"),
+        (["--vary", "agent.entropy=0.1:0.2"], "--search random"),
+        (["--vary", "agent.entropy=0.1,0.2", "--", "--seed", "3"], "--seed belongs to the sweep"),
+        (["--vary", "agent.units=0.5"], "it must be int"),
+    ],
+)
+def test_mistakes_are_sentences(sweep, tmp_path, flags, words):
+    with pytest.raises(UserError, match=words):
+        sweep("--sweep-dir", str(tmp_path), *flags)
+
+
+def test_a_folder_of_another_sweep_is_refused(sweep, tmp_path):
+    (tmp_path / "group0").mkdir()
+    stored = {"config": {"task": "another"}, "vary": {}}
+    (tmp_path / "group0" / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError, match="of another sweep"):
+        sweep("--sweep-dir", str(tmp_path), "--vary", "agent.entropy=0.1,0.2")
