@@ -23,8 +23,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # experiments are not installed
 
 from mbrl import presets  # noqa: E402
-from mbrl.config import config_type, field_docs, resolve  # noqa: E402
-from mbrl.results import flatten  # noqa: E402
+from mbrl.config import config_type, field_docs, flatten, resolve  # noqa: E402
 
 # Here, because mkdocs takes back what was added to sys.path.
 SCRIPTS = {p.stem: import_module(f"experiments.{p.stem}") for p in sorted(ROOT.glob("experiments/*.py"))}

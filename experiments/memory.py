@@ -1,10 +1,10 @@
-"""Memory tasks: what a world model remembers, or what an agent makes of it.
+"""Memory tasks: what a world model remembers.
 
     python experiments/memory.py --task recall --gap 30 --world-model s4wm --num-seeds 3
 
 trains the world model alone on random actions and measures how often it knows the last reward of an episode,
-which the first observation decides: having seen all of it, and having imagined all but the beginning. With
---agent a Dreamer learns the task (tmaze, memory_chain), as in dreamer_dmc.py.
+which the first observation decides: having seen all of it, and having imagined all but the beginning. An
+agent learns such a task with experiments/dreamer_dmc.py --preset memory --task tmaze:20.
 """
 
 from __future__ import annotations
@@ -19,20 +19,15 @@ import numpy as np
 
 import world_models
 from mbrl import envs, plots, probing
-from mbrl.agents import dreamer
-from mbrl.agents.dreamer import DreamerConfig
 from mbrl.config import choose, config_type, early_flags, load_factory, override, parse_flags, run_main
 from mbrl.drivers import Source, make_source
-from mbrl.errors import UserError
-from mbrl.experiment import default_folder, launch
+from mbrl.experiment import default_folder
 from mbrl.latent_model import LatentConfig
 from mbrl.logger import Logger
 from mbrl.presets import MEMORY as PRESET
 from mbrl.probing import ProbeConfig
-from mbrl.programs import LoopConfig, make_clock
 from mbrl.run_folder import RunFolder
 from mbrl.seeds import Seeds, use_compilation_cache, use_cpu_devices
-from mbrl.train import Run
 from mbrl.types import WorldModel
 
 
@@ -55,29 +50,14 @@ class Config:
     run_dir: str = ""
     """Run folder; empty makes a new one under runs/."""
     probe: ProbeConfig = field(default_factory=ProbeConfig)
-    """The world model alone."""
-    agent: bool = False
-    """Train a Dreamer instead of the world model alone."""
-    steps: int = 50_000
-    """Length of an agent's run in environment steps per seed."""
-    dreamer: DreamerConfig = field(default_factory=DreamerConfig)
-    """An agent's behaviour."""
-    loop: LoopConfig = field(default_factory=LoopConfig)
-    """An agent's loop."""
+    """Training and examination of the world model."""
 
 
 def default_config(world_model: str) -> Config:
     """The preset with a world model, before flags."""
     factory = load_factory("--world-model", world_model, world_models.LATENT)
     model = override(config_type(factory)(), PRESET["model"] | PRESET.get(world_model, {}))
-    behaviour = PRESET["agent"] | PRESET.get(f"agent/{world_model}", {})
-    return Config(
-        model,
-        world_model=world_model,
-        probe=override(ProbeConfig(), PRESET["probe"]),
-        dreamer=override(DreamerConfig(), behaviour | {"optimiser": PRESET["optimiser"]}),
-        loop=override(LoopConfig(), PRESET["loop"]),
-    )
+    return Config(model, world_model=world_model, probe=override(ProbeConfig(), PRESET["probe"]))
 
 
 def parse(argv: Sequence[str]) -> Config:
@@ -132,32 +112,14 @@ def line(row) -> str:
     )
 
 
-def run_agent(config: Config, source: Source, model: WorldModel, seeds: Seeds, run_dir: str) -> None:
-    """Dreamer on the task, as experiments/dreamer_dmc.py has it."""
-    loop = dataclasses.replace(config.loop, action_repeat=source.spec.action_repeat)
-    length = loop.batch_length + int(config.dreamer.replay_context)
-    clock = make_clock(loop, config.steps, length)
-    agent = dreamer.make(config.dreamer, source.spec, model, config.model.discount, clock.total_updates)
-    run = Run(agent, source, seeds, loop, clock, length)
-    # As mbrl.load knows an agent's run; there is no preset, so dreamer_dmc.py refuses to resume it.
-    settings = dataclasses.asdict(config)
-    settings |= {"task": source.spec.name, "agent": settings.pop("dreamer")}
-    launch(run, {"agent": "dreamer", "config": settings}, run_dir, f"Dreamer, {config.world_model}")
-
-
 def main(argv: Sequence[str]) -> None:
     config = parse(argv)
     choose("--task", config.task, list(envs.MEMORY_TASKS))
-    if config.agent and config.task in envs.PASSIVE_TASKS:
-        raise UserError(
-            f"--task {config.task} pays whatever an agent does: use --agent with tmaze or memory_chain"
-        )
     make_model = load_factory("--world-model", config.world_model, world_models.LATENT)
     source = make_source(f"{config.task}:{config.gap}", 1)
     seeds = Seeds.make(config.seed, config.num_seeds)
     run_dir = config.run_dir or default_folder(source.spec.name, config.world_model)
-    carry_out = run_agent if config.agent else run_probe
-    carry_out(config, source, make_model(config.model, source.spec), seeds, run_dir)
+    run_probe(config, source, make_model(config.model, source.spec), seeds, run_dir)
 
 
 if __name__ == "__main__":

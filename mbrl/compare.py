@@ -14,9 +14,10 @@ from rich.table import Table
 
 from mbrl import charts, published
 from mbrl.charts import Series, card, group, interval_chart, line_chart
+from mbrl.config import flatten
 from mbrl.errors import UserError, check_at_least, check_between
 from mbrl.plots import save_figure
-from mbrl.results import FRAMES, Result, flatten, read
+from mbrl.results import FRAMES, Result, read
 from mbrl.statistics import (
     Scores,
     aggregate_iqm,
@@ -30,7 +31,7 @@ from mbrl.statistics import (
 )
 
 # Settings that do not make another method.
-_INCIDENTAL = ("task", "seed", "num_seeds", "steps", "run_dir", "resume", "video", "debug")
+_INCIDENTAL = ("task", "seed", "num_seeds", "steps", "run_dir", "resume", "video", "debug", "sinks")
 AGGREGATES: dict[str, Callable[[Scores], float]] = {
     "IQM": aggregate_iqm,
     "median": aggregate_median,
@@ -163,6 +164,11 @@ def compare(
     starts = [int(max(r.frames[0] for runs in by_task for r in runs[task])) for task in tasks]
     at = [frames or end for end in ends]
     for task, end, start, where in zip(tasks, ends, starts, at):
+        if start > end:
+            raise UserError(
+                f"runs of {task} have no frames in common: one was first evaluated after {start:,}, another "
+                f"for the last time after {end:,}"
+            )
         if not start <= where <= end:
             raise UserError(
                 f"--frames is {where:,}, but all runs of {task} were evaluated from {start:,} to {end:,} only"

@@ -12,7 +12,7 @@ import inspect
 import sys
 import textwrap
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from mbrl.errors import UserError, exit_with
@@ -97,6 +97,9 @@ def check_config(config: Any, prefix: str = "") -> None:
             check_config(value, f"{name}.")
         elif typing.get_origin(kind) is typing.Literal:
             choose(name, str(value), typing.get_args(kind))
+        elif typing.get_origin(kind) is tuple:
+            for one in value:
+                choose(name, str(one), typing.get_args(typing.get_args(kind)[0]))
         elif not _is_allowed(value, kind):
             raise UserError(f"{name} is {value!r}, it must be {ALLOWED.get(kind, 'a table of settings')}")
 
@@ -120,6 +123,15 @@ def differences(before: Any, after: Any, prefix: str = "") -> list[str]:
         a, b = getattr(before, field.name), getattr(after, field.name)
         names += differences(a, b, f"{prefix}{field.name}.")
     return names
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, value) of every field of a nested config, names with dots."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def early_flags(argv: Sequence[str], **defaults: Any) -> argparse.Namespace:
@@ -193,6 +205,6 @@ def run_main(main: Callable[[Sequence[str]], None]) -> None:
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         raise SystemExit(stop.exit_code) from None
-    except KeyboardInterrupt:
-        print("interrupted: --resume continues from the run folder's newest checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(": ".join(filter(None, ["interrupted", str(stop)])), file=sys.stderr)
         raise SystemExit(130) from None

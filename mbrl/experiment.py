@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
 
-from mbrl import dataset, open_loop, processes
+from mbrl import dataset, open_loop, processes, sinks
 from mbrl.config import check_config, differences, early_flags, override, parse_flags
 from mbrl.drivers import NO_TASK, Source, stored_source
 from mbrl.envs.pixels import CAMERA, CameraConfig, Shown
@@ -26,7 +26,7 @@ from mbrl.population import check_varied, with_hyper
 from mbrl.processes import all_do, leads, one_voice
 from mbrl.programs import LoopConfig, make_clock, make_offline_clock
 from mbrl.run_folder import RunFolder
-from mbrl.seeds import Seeds, use_compilation_cache, use_cpu_devices, use_debugging
+from mbrl.seeds import Seeds, use_compilation_cache, use_cpu_devices, use_debugging, use_determinism
 from mbrl.train import Run, finish, train
 from mbrl.types import Agent, EnvSpec, Trajectory
 
@@ -37,9 +37,9 @@ class Experiment:
 
     task: str = "cartpole_swingup"
     """A dm_control task by its usual name (walker_walk, cup_catch, ...), a JAX environment (pendulum,
-    tmaze:20), gym:NAME of gymnasium, or module:function of your own; for TD-MPC2 also several on the host,
-    separated by commas, or mt3 (cartpole_swingup,pendulum_swingup,cup_catch). With --offline the environment
-    of the evaluations, by default none."""
+    tmaze:20, brax:ant, gymnax:NAME, playground:NAME), gym:NAME, or module:function of your own; for TD-MPC2
+    also several on the host, separated by commas, or mt3 (cartpole_swingup,pendulum_swingup,cup_catch). With
+    --offline the environment of the evaluations, by default none."""
     env_backend: str = "host"
     """Where dm_control's tasks run: host, or mjx for those that MuJoCo MJX simulates on the device."""
     obs: Shown = "state"
@@ -71,8 +71,12 @@ class Experiment:
     by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. May change on resume."""
     video: bool = False
     """Film one episode of the final policy into videos/ of the run folder (dm_control and gymnasium)."""
+    sinks: tuple[Literal["wandb", "trackio"], ...] = ()
+    """Where metrics go beside metrics.jsonl and TensorBoard: wandb, trackio (extras of these names)."""
     debug: bool = False
     """Run the same code without compiling, one seed: slow, for breakpoints and prints."""
+    deterministic: bool = False
+    """Equal settings give equal bits on a GPU too, at the cost of speed; on a CPU they do anyway."""
     loop: LoopConfig = field(default_factory=LoopConfig)
     """Environments, replay, how often to update, log, evaluate and save."""
 
@@ -89,7 +93,9 @@ def parse(
     parts: flags that decide which fields there are, by their default (world_model="rssm").
     """
     defaults = dict(preset=None, num_seeds=1, run_dir="", resume=False, data_parallel=1, distributed=False)
-    early = early_flags(argv, **defaults, obs="state", offline="", **parts)
+    early = early_flags(argv, **defaults, deterministic=False, obs="state", offline="", **parts)
+    if early.deterministic:
+        use_determinism()
     if early.distributed:
         processes.join()
     elif not early.resume:
@@ -124,6 +130,8 @@ def resumed(
         raise UserError(
             f"--run-dir {run_dir} holds a run of another script, which cannot be resumed by this one"
         )
+    if stored.get("deterministic"):
+        use_determinism()
     if not early.distributed:
         use_cpu_devices(stored["num_seeds"], max(1, early.data_parallel))
     # A run from before a part could be chosen has the default one.
@@ -158,6 +166,7 @@ def execute(
     name: of the agent, for titles. vary: numbers in which the seeds differ, {dotted field: [S]}.
     """
     check_config(config)
+    sinks.check(config.sinks)
     if config.debug:
         use_debugging(config.num_seeds)
     stored = {"agent": kind, "config": dataclasses.asdict(config)}
@@ -187,7 +196,9 @@ def execute(
     stored |= {"vary": dict(vary)} if vary else {}
     start = {"hyper": {field: np.array(values, np.float32) for field, values in vary.items()}} if vary else {}
     title = f"{name}, {config.preset}"
-    return launch(run, stored, run_dir, title, config.resume, config.video, config.from_run, start)
+    return launch(
+        run, stored, run_dir, title, config.resume, config.video, config.from_run, start, config.sinks
+    )
 
 
 def check_tasks(config: Experiment, kind: str, spec: EnvSpec) -> None:
@@ -263,6 +274,7 @@ def launch(
     video: bool = False,
     from_run: str = "",
     start: Mapping[str, Any] = MappingProxyType({}),
+    sink_names: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Trains ``run`` in its folder, new or resumed, draws its curve, prints its results, returns its summary.
 
@@ -281,10 +293,12 @@ def launch(
     task = run.source.spec.name
     with folder:
         print(f"{task}: {name}, run folder {folder.path}")
+        opened = sinks.open_all(sink_names if leads() else (), folder, f"{task}: {name}")
+        print("compiling", flush=True)
         programs, began = run.programs(), time.perf_counter()
         compile_and_check(run, programs, least, print)
         made = programs, time.perf_counter() - began
-        summary = train(run, folder, resume, video, learned, made)
+        summary = train(run, folder, resume, video, learned, made, opened)
         seen = run.source.playable and any(map(is_image, run.source.spec.obs.values()))
         if seen and jax.process_count() == 1:
             open_loop.write(load(folder.path), summary["env_steps"])

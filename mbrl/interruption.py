@@ -38,7 +38,7 @@ class Interruption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.number is not None:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("--resume continues from the run folder's newest checkpoint")
         self.number = number
         # Not print: the signal may have come in the middle of one.
         os.write(2, b"\nstopping after this iteration, with a checkpoint; once more stops at once\n")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import socket
+import struct
 import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +23,7 @@ from rich.table import Table
 
 from mbrl.published import PublishedScore
 from mbrl.run_folder import jsonable, write_atomic
+from mbrl.sinks import Sink
 from mbrl.statistics import bootstrap_interval, iqm
 
 
@@ -33,23 +37,32 @@ class Logger:
     row: rows are written when a later step is logged, and by ``flush`` and ``close``. Call ``flush`` before a
     checkpoint is saved.
 
-    folder: the run folder. seeds: the members' integers [S]. tensorboard: False writes no events. When the
-    disk is full there is one warning and the rows are lost; the run goes on and the file stays readable.
+    folder: the run folder. seeds: the members' integers [S]. tensorboard: False writes no events. sinks: get
+    the same numbers as TensorBoard, seeds as ``seed_0/name`` and their mean as ``name``. When the disk is
+    full there is one warning and the rows are lost, a sink that fails is left out with one; the run goes on
+    and the file stays readable.
     """
 
-    def __init__(self, folder: str | os.PathLike, seeds: Sequence[int], tensorboard: bool = True):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        seeds: Sequence[int],
+        tensorboard: bool = True,
+        sinks: Sequence[Sink] = (),
+    ):
         root = Path(folder)
+        self._sinks, self._sent = list(sinks), -1  # sinks cannot forget: what they had is not sent again
         root.mkdir(parents=True, exist_ok=True)
         self.path = root / "metrics.jsonl"
         self.seeds, self.num_seeds = list(seeds), len(seeds)
         self._tensorboard = root / "tensorboard" if tensorboard else None
-        self._writers: list[Any] | None = None
+        self._events: list[Any] = []
         self._purge_step: int | None = None
         self._step: int | None = None
         self._rows: list[dict[str, Any]] = []
         self._warned = False
         _drop_torn_line(self.path)
-        self._file = self._open()
+        self._file = _open(self.path)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Record ``values`` at ``step`` (simulator frames; not below an earlier call's).
@@ -69,6 +82,7 @@ class Logger:
         for seed, row in enumerate(self._rows):
             row.update({name: column[seed] for name, column in columns.items()})
         self._log_tensorboard(step, columns)
+        self._log_sinks(step, columns)
 
     def flush(self) -> None:
         """Write the rows that wait for more values of their step, in one call of the operating system."""
@@ -76,48 +90,34 @@ class Logger:
             return
         data = "".join(json.dumps(jsonable(row), allow_nan=False) + "\n" for row in self._rows).encode()
         self._rows = []
-        end = os.fstat(self._file.fileno()).st_size
-        try:
-            written = self._file.write(data)
-            if written != len(data):
-                raise OSError(0, "no space left for all of it")
-        except OSError as error:
-            os.ftruncate(self._file.fileno(), end)  # half a row would spoil the next one as well
-            if not self._warned:
-                self._warned = True
-                message = (
-                    f"{self.path} cannot be written ({error.strerror}): rows are lost from step {self._step}"
-                )
-                warnings.warn(message, RuntimeWarning, stacklevel=2)
+        self._append(self._file, data)
 
     def truncate_to(self, step: int) -> None:
         """Forget everything after ``step``: call it once on resume, with the step of the checkpoint.
 
         Removes later rows and a torn last line from ``metrics.jsonl`` (atomically) and tells TensorBoard to
-        drop later events.
+        drop later events. Sinks get the steps only that they did not have.
         """
         self._rows, self._step, self._purge_step = [], None, int(step) + 1
         self._file.close()
-        truncate_metrics(self.path, step)
-        self._file = self._open()
+        self._sent = truncate_metrics(self.path, step)
+        self._file = _open(self.path)
 
     def close(self) -> None:
         """Write what is left and close the files. Safe to call twice."""
         if self._file.closed:
             return
         self.flush()
-        self._file.close()
-        for writer in self._writers or ():
-            writer.close()
+        for file in (self._file, *self._events):
+            file.close()
+        for sink in list(self._sinks):
+            self._guarded(sink, sink.close)
 
     def __enter__(self) -> Logger:
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
-
-    def _open(self):
-        return open(self.path, "ab", buffering=0)  # unbuffered: a row is whole or was never written
 
     def _column(self, name: str, value: Any) -> np.ndarray:
         if name in ("step", "seed"):
@@ -129,24 +129,96 @@ class Logger:
             )
         return np.broadcast_to(value, (self.num_seeds,))
 
+    def _append(self, file: Any, data: bytes) -> None:
+        """Writes all of ``data`` or nothing: half a row would spoil the next one as well."""
+        end = os.fstat(file.fileno()).st_size
+        try:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            os.ftruncate(file.fileno(), end)
+            self._warn(file.name, error)
+
+    def _warn(self, path: Any, error: OSError) -> None:
+        """Once: the disk stays full for a while."""
+        if not self._warned:
+            self._warned = True
+            message = f"{path} cannot be written ({error.strerror}): rows are lost from step {self._step}"
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
+
     def _log_tensorboard(self, step: int, columns: Mapping[str, np.ndarray]) -> None:
+        """One event per seed. Not by tensorboardX's writer: on a full disk its thread dies, and the run would
+        wait for it for ever."""
         if self._tensorboard is None:
             return
-        if self._writers is None:
-            from tensorboardX import SummaryWriter  # here, because it loads protobuf
+        # Here, because it loads protobuf, whose classes are made at run time.
+        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
-            names = [f"seed_{seed}" for seed in self.seeds] + ["mean"] * (self.num_seeds > 1)
-            self._writers = [
-                SummaryWriter(str(self._tensorboard / name), purge_step=self._purge_step, flush_secs=10)
-                for name in names
-            ]
+        if not self._events:
+            try:
+                self._open_tensorboard()
+            except OSError as error:
+                self._warn(self._tensorboard, error)
+        members: list[list[Any]] = [[] for _ in self._events]
         for name, column in columns.items():
             numbers = column.astype(np.float64)
             finite = numbers[np.isfinite(numbers)]
             shown = [*numbers, *([finite.mean()] if self.num_seeds > 1 and finite.size else [])]
-            for writer, number in zip(self._writers, shown, strict=False):
+            for values, number in zip(members, shown, strict=False):
                 if np.isfinite(number):
-                    writer.add_scalar(name, number, step)
+                    values.append(Summary.Value(tag=name, simple_value=number))
+        for file, values in zip(self._events, members, strict=True):
+            self._append(file, _event(step=step, summary=Summary(value=values)))
+
+    def _open_tensorboard(self) -> None:
+        """A new file of events for each seed, and for their mean where there are several."""
+        assert self._tensorboard is not None
+        names = [f"seed_{seed}" for seed in self.seeds] + ["mean"] * (self.num_seeds > 1)
+        begin = _event(file_version="brain.Event:2")
+        if self._purge_step is not None:
+            begin += _event(step=self._purge_step, session_log={"status": "START"})
+        # TensorBoard reads the files of a folder in the order of their names.
+        events = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
+        for name in names:
+            (self._tensorboard / name).mkdir(parents=True, exist_ok=True)
+        self._events = [_open(self._tensorboard / name / events) for name in names]
+        for file in self._events:
+            self._append(file, begin)
+
+    def _log_sinks(self, step: int, columns: Mapping[str, np.ndarray]) -> None:
+        if step <= self._sent:
+            return
+        values = {}
+        for name, column in columns.items():
+            numbers = column.astype(np.float64)
+            seeds = zip(self.seeds, numbers) if self.num_seeds > 1 else ()
+            values |= {f"seed_{seed}/{name}": float(x) for seed, x in seeds if np.isfinite(x)}
+            if np.isfinite(numbers).any():
+                values[name] = float(numbers[np.isfinite(numbers)].mean())
+        for sink in list(self._sinks):
+            self._guarded(sink, sink.log, values, step)
+
+    def _guarded(self, sink: Sink, call: Callable[..., Any], *args: Any) -> None:
+        """Other people's servers must not end a run."""
+        try:
+            call(*args)
+        except Exception as error:
+            self._sinks.remove(sink)
+            warnings.warn(f"{sink.name} is left out from now on: {error}", RuntimeWarning, stacklevel=2)
+
+
+def _open(path: Path) -> Any:
+    return open(path, "ab", buffering=0)  # unbuffered: a row is whole or was never written
+
+
+def _event(**fields: Any) -> bytes:
+    """An event of TensorBoard as a record: length, checksum, message, checksum."""
+    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+    from tensorboardX.record_writer import masked_crc32c
+
+    message = Event(wall_time=time.time(), **fields).SerializeToString()
+    length = struct.pack("<Q", len(message))
+    return b"".join(part + struct.pack("<I", masked_crc32c(part)) for part in (length, message))
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -171,20 +243,23 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def truncate_metrics(path: str | os.PathLike, step: int) -> None:
-    """Remove the rows after ``step`` and every unreadable line from the file, atomically."""
+def truncate_metrics(path: str | os.PathLike, step: int) -> int:
+    """Remove the rows after ``step`` and every unreadable line from the file, atomically. Returns the last
+    step that it had, -1 for none."""
     path = Path(path)
     if not path.exists():
-        return
+        return -1
 
-    def kept(line: bytes) -> bool:
+    def step_of(line: bytes) -> float:
         try:
-            return json.loads(line)["step"] <= step
+            return json.loads(line)["step"]
         except (ValueError, KeyError, TypeError):
-            return False
+            return np.inf
 
     lines = path.read_bytes().split(b"\n")[:-1]
-    write_atomic(path, b"".join(line + b"\n" for line in lines if kept(line)))
+    steps = [step_of(line) for line in lines]
+    write_atomic(path, b"".join(line + b"\n" for line, at in zip(lines, steps) if at <= step))
+    return int(max((at for at in steps if at < np.inf), default=-1))
 
 
 def _drop_torn_line(path: Path) -> None:
@@ -235,7 +310,8 @@ class Progress:
         seconds = now - then
         per_second = (step - first_step) / seconds if seconds > 0 else float("nan")
         updates_per_second = (self._marks[-1][2] - first_updates) / seconds if seconds > 0 else float("nan")
-        eta = (self.total - step) / per_second if per_second > 0 else float("nan")
+        known = updates and per_second > 0  # prefilling is another speed
+        eta = (self.total - step) / per_second if known else float("nan")
         texts = {
             "returns": f"return {format_returns(returns)}",
             "rates": f"{_rate(updates_per_second)} updates/s  {_rate(per_second)} steps/s",
@@ -248,6 +324,10 @@ class Progress:
         self._latest = f"{step:,} / {self.total:,} steps ({percent})  " + "  ".join(texts.values())
         if now - self._printed >= self.every:
             self._print_latest(now)
+
+    def compiled(self) -> None:
+        """Measure speeds from now on: what came before was compiling."""
+        self._marks.clear()
 
     def say(self, message: str) -> None:
         """Print a line of its own, above the bar."""

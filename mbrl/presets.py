@@ -143,11 +143,12 @@ def _memory() -> Preset:
 
 
 MEMORY = _memory()
-"""Of `experiments/memory.py`; "probe" is that of a world model alone."""
+"""For `experiments/memory.py`, which trains a world model alone by "probe", and for agents."""
 
 DREAMER: dict[str, Preset] = {
     "xs": _xs(),
     "s": _s(),
+    "memory": MEMORY,
     "s_pixels": _s_pixels(),
     "size1m": _published(deter=512, hidden=64, classes=4),
     "size12m": _published(deter=2048, hidden=256, classes=16),
@@ -267,6 +268,7 @@ ABOUT: dict[str, dict[str, About]] = {
     "DreamerV3": {
         "xs": About("26 k", "a minute for 3,000 frames", "for tests; solves nothing"),
         "s": About("110 k", "10 to 12 min for 80,000 frames", "859 after 80,000 frames (IQM of 3 runs)"),
+        "memory": About("90 k", "as s", "for memory tasks (docs/memory.md)"),
         "s_pixels": About("110 k", "for `--obs pixels` (docs/pixels.md)", UNTRIED),
         "size1m": About("0.6 M", "0.4 s per update of 16 x 64", "244 after 24,000 frames, changed for a CPU"),
         "size12m": About("9.7 M", "2.3 s per update of 16 x 64", "published: 528 after 100,000 frames"),

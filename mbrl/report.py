@@ -17,9 +17,10 @@ import numpy as np
 
 from mbrl import charts, published
 from mbrl.charts import Series, card, group, line_chart, table
+from mbrl.config import flatten
 from mbrl.logger import format_seconds
 from mbrl.plots import aggregate
-from mbrl.results import Result, flatten, read
+from mbrl.results import Result, read
 from mbrl.run_folder import write_atomic, write_json
 
 PREDICTION = "prediction.json"

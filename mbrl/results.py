@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,12 +103,3 @@ def read(path: str | os.PathLike) -> Result:
         returns=as_numbers([one["per_seed"] for one in evaluations]),
         episodes=as_numbers(summary["eval_return"]["episodes"]),
     )
-
-
-def flatten(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(name, value) of every field of a nested config, names with dots."""
-    for name, value in config.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

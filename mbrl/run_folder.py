@@ -104,7 +104,7 @@ class RunFolder:
         """
         file = Path(path) / "config.json"
         if not file.is_file():
-            raise UserError(f"there is no run to resume in {Path(path)}: config.json is missing")
+            raise UserError(f"there is no run in {Path(path)}: config.json is missing")
         try:
             return json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

@@ -44,6 +44,15 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+def use_determinism() -> None:
+    """Has XLA compute on a GPU by algorithms whose results do not depend on the order of threads, or refuse
+    to. Without effect on a CPU, which does so anyway. Call before the first JAX operation. The same flag in
+    XLA_FLAGS wins."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_gpu_deterministic_ops" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+
+
 def use_debugging(num_seeds: int) -> None:
     """Runs every program as plain Python on concrete arrays, so that breakpoints and prints see values."""
     if num_seeds != 1:

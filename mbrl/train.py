@@ -6,7 +6,7 @@ Runs in iterations of `mbrl.programs`. Rows of metrics are fetched while the nex
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
@@ -29,6 +29,7 @@ from mbrl.programs import EVALUATE, Clock, LoopConfig, Programs, RunState, examp
 from mbrl.replay import Replay
 from mbrl.run_folder import RunFolder
 from mbrl.seeds import Seeds
+from mbrl.sinks import Sink
 from mbrl.statistics import bootstrap_interval, iqm
 from mbrl.types import Agent, EnvSpec, HostEnv, Trajectory
 
@@ -86,12 +87,14 @@ def train(
     video: bool = False,
     learned: Mapping[str, Any] = MappingProxyType({}),
     made: tuple[Programs, float] | None = None,
+    sinks: Sequence[Sink] = (),
 ) -> dict[str, Any]:
     """Trains to the end of the clock and returns the summary that it also writes to the run folder.
 
     resume: continue from the newest checkpoint of ``folder``. video: film one episode of the final policy.
     learned: what `mbrl.finished.learned_by` took from another run; the optimiser and replay start afresh.
     made: the programs of ``run``, where they exist already, and the seconds that compiling them took.
+    sinks: get the metrics, beside the files of the folder.
     Raises Interrupted after SIGTERM or Ctrl-C, when the checkpoint is written, and UserError when no seed
     learns any more.
     """
@@ -123,7 +126,7 @@ def train(
     due = {k: clock.every(v, driver.stride) if v else clock.total for k, v in every.items()}
     first_calls = {iteration, max(iteration, clock.prefill)}
     with (
-        Logger(folder, seeds.seeds) as logger,
+        Logger(folder, seeds.seeds, sinks=sinks) as logger,
         Progress(clock.total * clock.frames, iteration * clock.frames) as progress,
         Interruption() as interruption,
     ):
@@ -142,6 +145,7 @@ def train(
                 monitor.flush()  # the previous rows, while this iteration computes
                 if compiling:
                     jax.block_until_ready(state)
+                    progress.compiled()
             iteration += driver.stride
             frames, end = iteration * clock.frames, iteration == clock.total
             updates = clock.updates_until(iteration)

@@ -3,26 +3,31 @@
     python tests/chaos.py --kills 25
 
 Its final state and its log must equal those of a run that nobody killed, to the last bit. The run is tiny and
-saves every few iterations, so that many kills hit a save.
+saves every few iterations, so that many kills hit a save. Every process is forked from one that has imported the
+libraries and has not started JAX: else their import would be most of the time.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import multiprocessing
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+# Of the processes that are started, too.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.helpers", "orbax.checkpoint", "tensorboardX"])
 
 
 def make_run(iterations: int):
@@ -31,7 +36,7 @@ def make_run(iterations: int):
     from tests.helpers import FRAMES, on_one_device, tiny_run
 
     env = envs.make_jax("pendulum", max_steps=6)
-    every = {"log_every": FRAMES * 50, "eval_every": FRAMES * 500, "checkpoint_every": FRAMES * 100}
+    every = {"log_every": FRAMES * 10, "eval_every": FRAMES * 100, "checkpoint_every": FRAMES * 20}
     return tiny_run(Source(env.spec, env), on_one_device(0), iterations, eval_episodes=2, **every)
 
 
@@ -43,37 +48,42 @@ def child(path: Path, iterations: int) -> None:
 
     use_compilation_cache()
     resume = any(path.glob("checkpoints/[0-9]*/manifest.json"))
-    with RunFolder.open_for_resume(path) if resume else RunFolder.create(path, {}) as folder:
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        RunFolder.open_for_resume(path) if resume else RunFolder.create(path, {}) as folder,
+    ):
         train(make_run(iterations), folder, resume)
 
 
-def start(path: Path, iterations: int) -> subprocess.Popen:
-    command = [sys.executable, __file__, "--child", str(path), "--iterations", str(iterations)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def start(path: Path, iterations: int) -> BaseProcess:
+    process = CONTEXT.Process(target=child, args=(path, iterations))
+    process.start()
+    return process
 
 
 def newest(path: Path) -> int:
     return max((int(p.parent.name) for p in path.glob("checkpoints/[0-9]*/manifest.json")), default=0)
 
 
-def finish(process: subprocess.Popen) -> None:
-    _, errors = process.communicate()
-    if process.returncode:
-        raise SystemExit(f"the run ended with {process.returncode}:\n{errors}")
+def finish(process: BaseProcess) -> None:
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"the run ended with {process.exitcode}")
 
 
 def kill_once(path: Path, iterations: int, rng) -> float | None:
     """Waits for a new checkpoint, then a random while, then kills. Seconds since the last checkpoint, or None
     when the run ended before."""
     before, process = newest(path), start(path, iterations)
-    while newest(path) == before and process.poll() is None:
-        time.sleep(0.01)
+    while newest(path) == before and process.is_alive():
+        time.sleep(0.05)
     time.sleep(float(rng.uniform(0, 0.5)))
-    if process.poll() is not None:
+    if not process.is_alive():
         finish(process)
         return None
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.join()
     if newest(path) <= before:
         raise SystemExit(f"a committed checkpoint is gone: {newest(path)} after {before}")
     return time.time() - (path / "checkpoints" / f"{newest(path):012d}" / "manifest.json").stat().st_mtime
@@ -105,14 +115,10 @@ def compare(a: Path, b: Path, iterations: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=25)
-    parser.add_argument("--iterations", type=int, help="of the run, 8 frames each; 600 per kill by default")
+    parser.add_argument("--iterations", type=int, help="of the run, 8 frames each; 100 per kill by default")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.iterations = options.iterations or 600 * options.kills
-    if options.child:
-        child(options.child, options.iterations)
-        return
+    options.iterations = options.iterations or 100 * options.kills
     rng, lost, torn = np.random.default_rng(options.seed), [], 0
     with tempfile.TemporaryDirectory() as folder:
         whole, killed = Path(folder) / "whole", Path(folder) / "killed"

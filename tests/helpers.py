@@ -26,6 +26,7 @@ from mbrl.planning import make_objective, make_planner
 from mbrl.programs import LoopConfig, make_clock
 from mbrl.seeds import Seeds
 from mbrl.train import Run
+from mbrl.types import WorldModel
 from planners import mppi
 from world_models import rssm
 from world_models.rssm import RSSMConfig
@@ -91,13 +92,21 @@ def script(name: str) -> Callable[..., None]:
     return module.main
 
 
-def tiny_run(source: Source, seeds: Seeds, iterations: int = 100, agent: Any = None, **loop: Any) -> Run:
-    """Rows of 2 environments, 4 an iteration; 2 iterations of prefill, then 2 updates in each."""
+def tiny_run(
+    source: Source,
+    seeds: Seeds,
+    iterations: int = 100,
+    agent: Any = None,
+    model: WorldModel | None = None,
+    **loop: Any,
+) -> Run:
+    """Rows of 2 environments, 4 an iteration; 2 iterations of prefill, then 2 updates in each. An RSSM unless
+    ``model`` says otherwise."""
     config = override(AGENT, agent or {})
     loop_config = override(LOOP, loop)
     length = loop_config.batch_length + config.replay_context
     clock = make_clock(loop_config, iterations * FRAMES, length)
-    model = rssm.make(MODEL, source.spec)
+    model = rssm.make(MODEL, source.spec) if model is None else model
     made = dreamer.make(config, source.spec, model, MODEL.discount, clock.total_updates)
     return Run(made, source, seeds, loop_config, clock, length)
 

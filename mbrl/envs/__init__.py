@@ -45,10 +45,6 @@ factory(what follows the colon) -> JaxEnv."""
 MEMORY_TASKS = {"recall": "gap", "tmaze": "length", "hallway": "width", "memory_chain": "length"}
 """Tasks with one number in their name, as in ``recall:30``, and the option that it stands for."""
 
-PASSIVE_TASKS = ("recall", "hallway")
-"""Those of them whose rewards do not depend on actions."""
-
-
 PICTURES = {
     "cartpole": "mbrl.envs.cartpole:picture",
     "pendulum": "mbrl.envs.pendulum:picture",

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
 import warnings
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import jax
@@ -199,6 +202,55 @@ def test_a_full_disk_costs_one_checkpoint(run, whole, tmp_path, monkeypatch):
     assert len(caught) == 1 and len(calls) == 3
     assert checkpoints.steps(path / "checkpoints") == [64, 96]
     assert_whole(run, path, whole, summary)
+
+
+@contextmanager
+def mounted(path, options):
+    """A file system in memory at ``path``; the test is skipped where that is not allowed."""
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("only the superuser of Linux may mount a file system")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_really_full(run, whole, tmp_path, monkeypatch):
+    """Another program fills the disk of 16 MiB for four iterations: a checkpoint, a summary and rows of the log are
+    lost, with one warning each; the run goes on and ends as if nothing had been."""
+    with mounted(tmp_path / "disk", "size=16m") as disk:
+        path, ballast = disk / "run", disk / "ballast"
+
+        def fill():
+            with open(ballast, "wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+                while True:
+                    file.write(bytes(4096))
+
+        at_call(monkeypatch, DeviceDriver, "advance", 5, fill)
+        at_call(monkeypatch, DeviceDriver, "advance", 9, ballast.unlink)
+        with RunFolder.create(path, {}) as folder, pytest.warns(RuntimeWarning) as caught:
+            summary = train(run, folder)
+        said = [str(warning.message) for warning in caught]
+        assert len(said) == 3 and all("No space left" in text for text in said), said
+        assert checkpoints.steps(path / "checkpoints") == [32, 96]
+        state, logged, expected = whole
+        assert_same(final_state(run, path), state)
+        left = rows(path)
+        assert len(left) < len(logged) and all(row in logged for row in left)
+        assert left[-1] == logged[-1]
+        np.testing.assert_equal(summary["evaluations"], expected["evaluations"])
+
+
+def test_a_read_only_file_system_is_refused(tmp_path):
+    with (
+        mounted(tmp_path / "disk", "ro") as disk,
+        pytest.raises(UserError, match="cannot be written: Read-only file system") as error,
+    ):
+        RunFolder.create(disk / "run", {})
+    assert "\n" not in str(error.value)
 
 
 def test_run_folders_hold_no_absolute_path(run, whole, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 
 from mbrl.errors import UserError
 from mbrl.logger import read_metrics
+from tests.helpers import script
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "memory.py"
 MODEL = """
@@ -35,7 +36,6 @@ def command():
         ("--task recal", ["--task", "recal", "recall"]),
         ("--gap 0", ["--task", "gap", "at least 1"]),
         ("--world-model s5", ["--world-model", "s5", "s4wm"]),
-        ("--agent", ["--task recall", "tmaze"]),
         ("--probe.updates 7 --probe.eval-every 3", ["probe.updates", "7", "probe.eval_every"]),
         ("--probe.observed 32", ["probe.observed", "32", "below the 32"]),
         ("--model.dt-min 1", ["model.dt_min", "model.dt_max"]),
@@ -71,38 +71,16 @@ def test_a_probe_leaves_its_accuracies(command, tmp_path, capsys):
     assert "4 updates: inference" in capsys.readouterr().out
 
 
-def test_an_agent_runs(command, tmp_path):
-    """The same loop as experiments/dreamer_dmc.py, on a task that needs an answer."""
+def test_an_agent_runs(tmp_path):
+    """Of the preset for memory tasks, on a task that needs an answer; as every run it can be resumed."""
     folder = tmp_path / "agent"
-    flags = [
-        "--agent",
-        "--task",
-        "tmaze",
-        "--gap",
-        "3",
-        "--steps",
-        "256",
-        "--loop.num-envs",
-        "2",
-        "--loop.prefill",
-        "64",
-        "--loop.batch-size",
-        "4",
-        "--loop.batch-length",
-        "8",
-        "--loop.train-ratio",
-        "8",
-        "--loop.collect-steps",
-        "8",
-        "--loop.eval-episodes",
-        "2",
-        "--dreamer.imag-starts",
-        "4",
-        "--dreamer.horizon",
-        "3",
-    ]
-    command([*MODEL, *flags, "--run-dir", str(folder)])
+    flags = """
+        --preset memory --world-model s4wm --task tmaze:3 --steps 256 --loop.num-envs 2 --loop.prefill 64
+        --loop.batch-size 4 --loop.batch-length 8 --loop.train-ratio 8 --loop.collect-steps 8
+        --loop.eval-episodes 2 --agent.imag-starts 4 --agent.horizon 3
+    """.split()  # noqa: SIM905
+    script("dreamer_dmc")([*MODEL, *flags, "--run-dir", str(folder)])
     summary = json.loads((folder / "summary.json").read_text())
     assert np.shape(summary["eval_return"]["episodes"]) == (1, 2)
     assert set(np.ravel(summary["eval_return"]["episodes"])) <= {0.0, 1.0}
-    assert (folder / "curve.png").exists()
+    assert json.loads((folder / "config.json").read_text())["config"]["agent"]["actor_grad"] == "reinforce"

@@ -6,11 +6,19 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import planners
+import world_models.tdmpc
 from mbrl import envs
+from mbrl.agents import tdmpc
+from mbrl.agents.planning import default_search
+from mbrl.agents.tdmpc import TDMPCConfig
+from mbrl.config import load_factory
 from mbrl.drivers import Source
 from mbrl.imagination import rollout
+from mbrl.planning import make_objective, make_planner
 from mbrl.programs import ACT, UPDATE, stream
-from tests.helpers import MODEL, on_one_device, tiny_run
+from tests.helpers import MODEL, TDMPC_MODEL, on_one_device, tiny_run
+from tests.unit.test_golden_steps import MODELS, batch, make_agent
 from world_models import rssm
 
 ENV = envs.make_jax("pendulum", max_steps=6)
@@ -55,6 +63,38 @@ def test_programs(run):
     obs = {k: jax.ShapeDtypeStruct((1, 2, *s.shape), s.dtype) for k, s in ENV.spec.obs.items()}
     first = jax.ShapeDtypeStruct((1, 2), bool)
     trace(programs.act, shapes.train, shapes.actor, obs, first, keys, clock)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_update(name):
+    """Initialisation and one update of every agent."""
+    agent = make_agent(name)
+
+    def first(key):
+        init_key, key = jax.random.split(key)
+        return agent.update(agent.init(init_key), batch(), key)
+
+    trace(first, jax.random.key(0))
+
+
+@pytest.mark.parametrize("name", ["mppi", "icem", "cem"])
+def test_plan(name):
+    """A search, without the value behind its horizon: all rounds ask for that with one key, on purpose."""
+    model = world_models.tdmpc.make(TDMPC_MODEL, ENV.spec)
+    config = TDMPCConfig(units=8, bins=15, bin_limit=4.0)
+    simulator = tdmpc.make_simulator(config, ENV.spec, model, 0.9)._replace(value=None)
+    rule = load_factory("planner", name, planners.REGISTRY)
+    rule = rule(default_search(name, planners.REGISTRY), ENV.spec.action)
+    planner = make_planner(simulator, rule)
+    agent = tdmpc.make(config, ENV.spec, model, 0.9, 10)
+
+    def first(key):
+        init_key, key = jax.random.split(key)
+        train = agent.init(init_key)
+        state, start = model.init_state(train.params["model"], 2), jnp.ones(2, bool)
+        return planner.plan(train.params, make_objective(), planner.init(2), state, start, key, "train")
+
+    trace(first, jax.random.key(0))
 
 
 def test_rollout():

@@ -147,7 +147,7 @@ class FullDisk:
     """A file whose disk fills up: the first half of a row is still written."""
 
     def __init__(self, file):
-        self.file, self.full, self.closed = file, True, False
+        self.file, self.full, self.closed, self.name = file, True, False, file.name
 
     def fileno(self):
         return self.file.fileno()
@@ -178,6 +178,34 @@ def test_a_full_disk_loses_rows_and_nothing_else(tmp_path):
     assert [row["step"] for row in lines(tmp_path)] == [1, 4]
 
 
+def test_a_full_disk_loses_events_and_nothing_else(tmp_path):
+    """With one warning for rows and events; whole events follow when there is space again."""
+    with Logger(tmp_path, range(1)) as logger:
+        logger.log(1, {"a": 1.0})
+        disks = logger._file, logger._events[0] = FullDisk(logger._file), FullDisk(logger._events[0])
+        with pytest.warns(RuntimeWarning, match="No space left on device") as caught:
+            logger.log(2, {"a": 2.0})
+        assert len(caught) == 1
+        for disk in disks:
+            disk.full = False
+        logger.log(3, {"a": 3.0})
+    assert events(tmp_path / "tensorboard" / "seed_0")[0] == {("a", 1): 1.0, ("a", 3): 3.0}
+    assert [row["step"] for row in lines(tmp_path)] == [2, 3]
+
+
+def test_a_disk_that_is_full_from_the_start_opens_no_events(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with Logger(tmp_path, range(1)) as logger:
+        with monkeypatch.context() as patched:
+            patched.setattr(Logger, "_open_tensorboard", full)
+            with pytest.warns(RuntimeWarning, match="No space left on device"):
+                logger.log(1, {"a": 1.0})
+        logger.log(2, {"a": 2.0})
+    assert events(tmp_path / "tensorboard" / "seed_0")[0] == {("a", 2): 2.0}
+
+
 def plain_console():
     return Console(file=io.StringIO(), force_terminal=False, width=100)
 
@@ -196,6 +224,19 @@ def test_progress_without_a_terminal_prints_plain_lines(monkeypatch):
     assert out[0] == ("1,000 / 100,000 steps (1 %)  return 123 -  20.0 updates/s  100 steps/s  ETA 16:30")
     assert out[2] == "evaluated"
     assert "\x1b" not in console.file.getvalue()
+
+
+def test_no_speed_is_shown_before_there_is_one(monkeypatch):
+    """Neither while prefilling, which is another speed than learning, nor of the time that compiling took."""
+    clock = [0.0]
+    monkeypatch.setattr("mbrl.logger.time.monotonic", lambda: clock[0])
+    console = plain_console()
+    with Progress(1000, every=1.0, console=console) as progress:
+        for clock[0], steps, updates in ((1.0, 10, 0), (2.0, 100, 0), (32.0, 110, 5), (33.0, 120, 10)):
+            if clock[0] == 32.0:
+                progress.compiled()
+            progress.update(steps, updates=updates)
+    assert [line.split("ETA ")[1] for line in console.file.getvalue().splitlines()] == ["-", "-", "-", "1:28"]
 
 
 def test_progress_on_a_terminal_is_a_bar():

@@ -162,6 +162,15 @@ def test_mppi_step_as_in_tdmpc2():
     )
 
 
+@pytest.mark.parametrize(("candidates", "std"), [([0.3, 0.3], 0.05), ([-1.0, 1.0], 0.5)])
+def test_mppi_spread_has_limits(candidates, std):
+    """Elites that agree leave something to search, elites far apart not everything."""
+    rule = make_rule("mppi", samples=2, elites=2, policy_samples=0, horizon=2, max_std=0.5)
+    search = rule.start(rule.init_warm(), jnp.zeros((0, 2, 1)), ZERO)
+    both = jnp.broadcast_to(jnp.array(candidates)[:, None, None], (2, 2, 1))
+    np.testing.assert_allclose(rule.tell(search, rule.stages[0], both, jnp.zeros(2), None).std, std)
+
+
 def test_icem_noise():
     """Coloured noise has unit variance and the spectrum 1 / f^beta; with beta = 0 it is white."""
     np.testing.assert_allclose(colour(12, 0.0), np.eye(12), atol=1e-6)
