@@ -16,7 +16,7 @@ from mbrl.results import Result, read
 def row(run: Result) -> str:
     """One Markdown row; seconds are those of all seeds together."""
     summary, result = run.summary, run.summary["eval_return"]
-    score = published.score_at(run.task, summary["env_steps"])
+    score = published.score_at(run.task, summary["env_steps"], published.METHODS.get(run.agent, ""))
     cells = [
         f"`{run.task}`",
         run.config["preset"],
@@ -25,7 +25,7 @@ def row(run: Result) -> str:
         f"{result['iqm']:.0f}",
         f"{result['ci'][0]:.0f} to {result['ci'][1]:.0f}" if result["ci"][0] is not None else "one seed",
         f"{summary['train_seconds']:.0f} / {summary['wall_seconds']:.0f}",
-        f"{score.mean:.0f} ± {score.std:.0f}" if score else "none",
+        score.text() if score else "none",
         f"{(run.record['commit'] or 'unknown')[:7]}",
     ]
     return f"| {' | '.join(cells)} |"

@@ -73,7 +73,8 @@ def main(argv: Sequence[str]) -> None:
     began = time.perf_counter()
     returns = run.evaluate(config.num_episodes or None)
     seconds = time.perf_counter() - began
-    score = published.score_at(run.spec.name, run.frames)
+    method = published.METHODS.get(run.config.get("agent", "dreamer"), "")
+    score = published.score_at(run.spec.name, run.frames, method)
     tasks, seeds = multitask.by_task(run.spec, returns), list(run.seeds.seeds)
     Console().print(results_table(run.spec.name, run.frames, returns, seconds, score, seeds, tasks=tasks))
     if config.json is not None:

@@ -254,7 +254,9 @@ h3{font-size:.95rem;margin:0 0 .4em}
 .note,.lead{color:var(--soft);font-size:.85rem;margin:.5em 0;overflow-wrap:anywhere}
 .cards{display:grid;gap:12px;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr))}
 section{background:var(--card);border:1px solid var(--grid);border-radius:8px;padding:12px;min-width:0}
-.wide{grid-column:1/-1}.wide svg{max-width:760px}
+.wide{grid-column:1/-1}
+@media(min-width:720px){.wide{grid-column:span 2}.wide svg text{font-size:6px}.wide .grid{stroke-width:.5}
+.wide polyline{stroke-width:1.2}.wide polyline.thin{stroke-width:.6}.wide .dot{r:1.2px}}
 .figures{display:flex;flex-wrap:wrap;gap:12px;margin:12px 0;padding:0;list-style:none}
 .figures li{background:var(--card);border:1px solid var(--grid);border-radius:8px;padding:8px 14px}
 .figures b{display:block;font-size:1.25rem}.figures span{color:var(--soft);font-size:.8rem}

@@ -293,7 +293,7 @@ def tables(c: Comparison) -> list[tuple[str, list[str], list[list[str]]]]:
     rows = [[m, *(_number(v, 1) for v in c.per_task[i])] for i, m in enumerate(c.methods)]
     known = [published.score_at(task, frames) for task, frames in zip(c.tasks, c.frames)]
     if any(known):
-        rows.append(["published", *(f"{s.mean:.1f} ± {s.std:.1f}" if s else "-" for s in known)])
+        rows.append(["published", *(s.text(1) if s else "-" for s in known)])
     found.append(("Mean return by task", ["method", *c.tasks], rows))
     return found
 

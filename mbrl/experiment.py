@@ -37,9 +37,8 @@ class Experiment:
 
     task: str = "cartpole_swingup"
     """A dm_control task by its usual name (walker_walk, cup_catch, ...), a JAX environment (pendulum,
-    tmaze:20, brax:ant, gymnax:NAME, playground:NAME), gym:NAME, or module:function of your own; for TD-MPC2
-    also several on the host, separated by commas, or mt3 (cartpole_swingup,pendulum_swingup,cup_catch). With
-    --offline the environment of the evaluations, by default none."""
+    tmaze:20, brax:ant, gymnax:NAME, playground:NAME), gym:NAME, module:function of your own, or for
+    TD-MPC2 several on the host (A,B,C or mt3). With --offline that of the evaluations, by default none."""
     env_backend: str = "host"
     """Where dm_control's tasks run: host, or mjx for those that MuJoCo MJX simulates on the device."""
     obs: Shown = "state"

@@ -439,8 +439,8 @@ def results_table(
         table.add_row("IQM", f"{iqm(good):.1f}", over)
         table.add_row("95 % interval", f"{low:.1f} to {high:.1f}", "of the IQM")
     if published is not None:
-        spread = f"± {published.std:.1f}, {published.num_seeds} seeds"
-        table.add_row("published", f"{published.mean:.1f}", spread)
+        spread = f"± {published.std:.1f}, " if np.isfinite(published.std) else ""
+        table.add_row("published", f"{published.mean:.1f}", f"{spread}{published.num_seeds} seeds")
         table.caption = f"published: {published.source}"
     table.add_section()
     table.add_row("wall time", format_seconds(wall_seconds), "")

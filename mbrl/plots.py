@@ -150,7 +150,7 @@ def _draw_published(axes, published: PublishedCurve, until: float) -> None:
     shown = min(int(np.searchsorted(published.frames, until)) + 1, len(published.frames))
     x, mean, std = (values[:shown] for values in (published.frames, published.mean, published.std))
     source = published.source.replace(" (", "\n(")
-    label = f"{published.method}, published, mean ± std of {published.num_seeds} seeds\n{source}"
+    label = f"{published.label}\n{source}"
     axes.fill_between(x, mean - std, mean + std, color=_PUBLISHED, alpha=0.14, lw=0)
     axes.plot(x, mean, color=_PUBLISHED, lw=1.8, ls="--", label=label)
 

@@ -131,7 +131,7 @@ def _memory() -> Preset:
         preset[name] |= {"window": 128}
     # One observation in an episode shows the cue and one reward asks for it: both must count.
     preset["agent"] |= {"actor_grad": "reinforce", "bins": 15, "bin_limit": 1.0, "scale_reward": 100.0}
-    preset["loop"] |= {"batch_size": 8, "batch_length": 128}
+    preset["loop"] |= {"batch_length": 64, "eval_episodes": 100}
     preset["optimiser"] |= {"decay": "constant"}
     preset["s4wm"] |= {"discretise": "unit"}
     preset["probe"] = {

@@ -11,12 +11,16 @@ import numpy as np
 
 # Names that users (and the dreamerv3 repository) type, next to what dm_control calls the task.
 ALIASES = {"cup_catch": "ball_in_cup_catch"}
-SETTINGS = "size12m, action repeat 2, train ratio 512"
+SETTINGS = {"dreamerv3": "size12m, action repeat 2, train ratio 512", "tdmpc2": "5M, action repeat 2"}
+METHODS = {"dreamer": "dreamerv3", "tdmpc": "tdmpc2"}
+"""Whose published curves an agent is compared with; other agents have none here."""
+FILES = "dreamer_dmc_curves.csv", "tdmpc2_dmc_curves.csv"
 
 
 class PublishedCurve(NamedTuple):
     """One published curve. frames [N] int64, increasing, simulator frames with action repeat included;
-    mean, std [N] float64: episode return, over ``num_seeds`` seeds; source: where it was published."""
+    mean, std [N] float64: episode return, over ``num_seeds`` seeds, std NaN where it was not published;
+    source: where it was published."""
 
     frames: np.ndarray
     mean: np.ndarray
@@ -25,6 +29,12 @@ class PublishedCurve(NamedTuple):
     source: str
     task: str
     method: str
+
+    @property
+    def label(self) -> str:
+        """What it is, in a legend."""
+        spread = " ± std" if np.isfinite(self.std).any() else ""
+        return f"{self.method}, published, mean{spread} of {self.num_seeds} seeds"
 
 
 class PublishedScore(NamedTuple):
@@ -35,6 +45,11 @@ class PublishedScore(NamedTuple):
     std: float
     num_seeds: int
     source: str
+
+    def text(self, digits: int = 0) -> str:
+        """The mean, and the standard deviation where it is known."""
+        spread = f" ± {self.std:.{digits}f}" if np.isfinite(self.std) else ""
+        return f"{self.mean:.{digits}f}{spread}"
 
 
 def task_name(task: str) -> str:
@@ -47,9 +62,10 @@ def task_name(task: str) -> str:
 def _curves() -> dict[tuple[str, str, str], PublishedCurve]:
     rows: dict[tuple[str, str, str], list[dict[str, str]]] = {}
     # importlib.resources, not __file__: the package may be installed as a wheel or a zip.
-    with (files("mbrl") / "data" / "dreamer_dmc_curves.csv").open(encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            rows.setdefault((row["suite"], row["method"], row["task"]), []).append(row)
+    for name in FILES:
+        with (files("mbrl") / "data" / name).open(encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                rows.setdefault((row["suite"], row["method"], row["task"]), []).append(row)
     return {key: _curve_of(key, value) for key, value in rows.items()}
 
 
@@ -58,9 +74,9 @@ def _curve_of(key: tuple[str, str, str], rows: list[dict[str, str]]) -> Publishe
     return PublishedCurve(
         frames=np.array([int(row["frames"]) for row in rows]),
         mean=np.array([float(row["mean"]) for row in rows]),
-        std=np.array([float(row["std"]) for row in rows]),
+        std=np.array([float(row["std"] or "nan") for row in rows]),
         num_seeds=max(int(row["num_seeds"]) for row in rows),
-        source=f"{rows[0]['source']} ({SETTINGS})",
+        source=f"{rows[0]['source']} ({SETTINGS[key[1]]})",
         task=key[2],
         method=key[1],
     )
@@ -80,8 +96,9 @@ def curve(task: str, method: str = "dreamerv3", suite: str | None = None) -> Pub
     """The published curve of ``task``, or None when there is none.
 
     task: as users type it (``walker_walk``, ``cup_catch``), or with ``_pixels`` behind it. suite:
-    ``dmc_proprio`` (state observations) or ``dmc_vision``, by default that of the name. Values are averages
-    over bins of 25,000 (50,000) frames, placed at the bin's mean frame.
+    ``dmc_proprio`` (state observations) or ``dmc_vision``, by default that of the name. Values of dreamerv3
+    are averages over bins of 25,000 (50,000) frames, placed at the bin's mean frame; those of tdmpc2 are
+    evaluations every 100,000 frames.
     """
     suite = suite or suite_of(task)
     return _curves().get((suite, method, task_name(task.removesuffix("_pixels"))))
@@ -92,8 +109,8 @@ def score_at(
 ) -> PublishedScore | None:
     """The published return of ``task`` after ``frames`` simulator frames, interpolated linearly.
 
-    None when there is no curve, when ``frames`` lies before its first point (15,000 for ``dmc_proprio``) or
-    more than one bin after its last one: nothing is extrapolated.
+    None when there is no curve, when ``frames`` lies before its first point (15,000 for dreamerv3 in
+    ``dmc_proprio``, 100,000 for tdmpc2) or more than one bin after its last one: nothing is extrapolated.
     """
     found = curve(task, method, suite)
     if found is None:

@@ -103,9 +103,10 @@ def _figures(result: Result) -> str:
     ]
     if low is not None:
         figures.insert(1, (f"{low:.0f} to {high:.0f}", "95 % interval of the IQM"))
-    score = None if result.offline else published.score_at(result.task, summary["env_steps"])
+    method = published.METHODS.get(result.agent, "")
+    score = None if result.offline else published.score_at(result.task, summary["env_steps"], method)
     if score is not None:
-        figures.insert(1, (f"{score.mean:.0f} ± {score.std:.0f}", "published at these frames"))
+        figures.insert(1, (score.text(), "published at these frames"))
     items = "".join(f"<li><b>{escape(value)}</b><span>{escape(name)}</span></li>" for value, name in figures)
     return f"<ul class=figures>{items}</ul>"
 
@@ -119,12 +120,12 @@ def _curve(result: Result) -> str:
     points = [list(zip(result.frames, result.returns[:, i])) for i in range(len(result.seeds))]
     frames, centre, low, high = aggregate(points)
     series, note = [], ""
-    if not result.offline and (curve := published.curve(result.task)) is not None:
+    method = published.METHODS.get(result.agent, "")
+    if not result.offline and (curve := published.curve(result.task, method)) is not None:
         until = max(1.5 * result.frames[-1], curve.frames[0])
-        shown = curve.frames <= until
+        shown = slice(int(np.searchsorted(curve.frames, until)) + 1)  # one beyond: a lone point is no line
         mean, std = curve.mean[shown], curve.std[shown]
-        label = f"{curve.method}, published: mean ± std of {curve.num_seeds} seeds"
-        series.append(Series(label, curve.frames[shown], mean, mean - std, mean + std, 1, "dashed"))
+        series.append(Series(curve.label, curve.frames[shown], mean, mean - std, mean + std, 1, "dashed"))
         note = f"Published curve: {curve.source}."
     for i, seed in enumerate(result.seeds):
         x, y = result.metric("episode_return", seed)

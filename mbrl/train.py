@@ -391,9 +391,10 @@ def finish(folder: RunFolder, summary: dict[str, Any], task: str, title: str, un
     ]
     rows = [row for row in read_metrics(folder) if row.get("episode_return") is not None]
     training = [[(r["step"], r["episode_return"]) for r in rows if r["seed"] == seed] for seed in seeds]
-    curve = published.curve(task) if comparable else None
+    method = published.METHODS.get(RunFolder.config_of(folder.path).get("agent", "dreamer"), "")
+    curve = published.curve(task, method) if comparable else None
     plots.save_curve(folder.curve, evaluations, training, curve, title, unit)
-    score = published.score_at(task, summary["env_steps"]) if comparable else None
+    score = published.score_at(task, summary["env_steps"], method) if comparable else None
     returns, wall = summary["eval_return"]["episodes"], summary["wall_seconds"]
     tasks = summary["eval_return"].get("tasks", {})
     Console().print(results_table(task, summary["env_steps"], returns, wall, score, seeds, unit, tasks))

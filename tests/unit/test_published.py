@@ -25,6 +25,18 @@ def test_every_curve_is_whole():
             assert curve.num_seeds == 5 if suite == "dmc_proprio" else curve.num_seeds in (8, 9, 10)
 
 
+def test_curves_of_tdmpc2():
+    """Means alone, from 100,000 frames on, of dm_control's tasks."""
+    assert len(published.tasks("tdmpc2")) == 28
+    curve = published.curve("cup_catch", "tdmpc2")
+    assert curve.frames[0] == 100_000 and (np.diff(curve.frames) > 0).all() and np.isnan(curve.std).all()
+    assert curve.label == "tdmpc2, published, mean of 3 seeds" and "5M" in curve.source
+    score = published.score_at("walker_walk", 100_000, "tdmpc2")
+    assert score.text(1) == "961.9" and published.score_at("walker_walk", 99_999, "tdmpc2") is None
+    assert published.score_at("walker_walk", 40_000).text() == "213 ± 60"
+    assert published.curve("walker_walk", published.METHODS.get("pets", "")) is None
+
+
 def test_values_of_one_curve():
     # Rows of the published curves (mbrl/data/README.md): bin ends 25,000, 50,000 and 500,000.
     curve = published.curve("walker_walk")
