@@ -97,10 +97,10 @@ def _small(deter: int, stoch: int, classes: int, layers: int) -> Preset:
 
 def _s() -> Preset:
     """A latent inferred from the frame alone must say all of it, where RSSM's adds to what h predicts: it
-    gets four times the bits, and dynamics that must predict them to a tenth of a nat."""
+    gets six times the bits, and dynamics that must predict them to a tenth of a nat."""
     preset = _small(deter=64, stoch=8, classes=4, layers=2)
     for name in FRAME:
-        preset[name] |= {"stoch": 16, "classes": 8, "free_nats": 0.1}
+        preset[name] |= {"stoch": 32, "classes": 8, "free_nats": 0.1}
         preset[f"agent/{name}"] = preset.get(f"agent/{name}", {}) | {"scale_rec": 30.0}
     return preset
 
