@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console
 
 import mbrl
-from mbrl import published
+from mbrl import multitask, published
 from mbrl.config import run_main
 from mbrl.errors import UserError
 from mbrl.finished import Finished
@@ -33,7 +33,7 @@ class Config:
     run_dir: Annotated[Path, tyro.conf.Positional]
     """Folder of the run."""
     num_episodes: int = 0
-    """Episodes per seed; 0 repeats the run's own evaluation."""
+    """Episodes per seed, and per task where there are several; 0 repeats the run's own evaluation."""
     planner: str | None = None
     """Act by this planner (mppi, icem, ...) instead of the run's own; none acts by the policy alone."""
     value: float | None = None
@@ -47,7 +47,8 @@ class Config:
 def result(run: Finished, returns: np.ndarray, seconds: float) -> dict[str, Any]:
     """What is written as JSON: every return, and the aggregates over seeds that ``summary.json`` also has."""
     per_seed = returns.mean(1)
-    return {
+    tasks = multitask.by_task(run.spec, returns)
+    return ({"tasks": tasks} if tasks else {}) | {
         "run": run.run_dir.name,
         "task": run.spec.name,
         "env_steps": run.frames,
@@ -74,7 +75,8 @@ def main(argv: Sequence[str]) -> None:
     seconds = time.perf_counter() - began
     method = published.METHODS.get(run.config.get("agent", "dreamer"), "")
     score = published.score_at(run.spec.name, run.frames, method)
-    Console().print(results_table(run.spec.name, run.frames, returns, seconds, score, list(run.seeds.seeds)))
+    tasks, seeds = multitask.by_task(run.spec, returns), list(run.seeds.seeds)
+    Console().print(results_table(run.spec.name, run.frames, returns, seconds, score, seeds, tasks=tasks))
     if config.json is not None:
         write_json(config.json, result(run, returns, seconds))
         print(f"result: {config.json}")

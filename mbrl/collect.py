@@ -15,6 +15,7 @@ import numpy as np
 
 from mbrl.envs.pool import HostPool
 from mbrl.envs.workers import WorkerPool
+from mbrl.multitask import action_mask
 from mbrl.types import Agent, Array, EnvSpec, JaxEnv, TimeStep, Transition
 
 
@@ -39,10 +40,11 @@ class Episodes(NamedTuple):
 
 
 def random_action(key: Array, spec: EnvSpec, batch: int) -> Array:
-    """Uniform actions [batch, A]: in [-1, 1], or one-hot."""
+    """Uniform actions [batch, A]: in [-1, 1], 0 where the task of an environment has none; or one-hot."""
     size = spec.action.size
     if spec.action.classes is None:
-        return jax.random.uniform(key, (batch, size), minval=-1.0, maxval=1.0)
+        action = jax.random.uniform(key, (batch, size), minval=-1.0, maxval=1.0)
+        return action * jnp.resize(action_mask(spec), action.shape) if spec.tasks else action
     return jax.nn.one_hot(jax.random.randint(key, (batch,), 0, size), size)
 
 

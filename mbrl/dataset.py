@@ -150,13 +150,16 @@ def load_joined(paths: str, task_spec: EnvSpec | None = None) -> Dataset:
 
 
 def check_fits(path: str, found: EnvSpec, wanted: EnvSpec) -> None:
-    """UserError unless what was recorded has the observations, actions and action repeat of ``wanted``."""
+    """UserError unless what was recorded has the observations, actions, action repeat and tasks of
+    ``wanted``."""
     for key in sorted({*found.obs, *wanted.obs}):
         ours, theirs = wanted.obs.get(key), found.obs.get(key)
         if ours != theirs:
             raise UserError(f"{path} does not fit {wanted.name}: obs[{key!r}] is {theirs}, expected {ours}")
     if found.action != wanted.action:
         raise UserError(f"{path} does not fit {wanted.name}: action is {found.action}, not {wanted.action}")
+    if found.tasks != wanted.tasks:
+        raise UserError(f"{path} does not fit {wanted.name}: its tasks are {found.name}")
     if found.action_repeat != wanted.action_repeat:
         raise UserError(
             f"{path} was recorded with an action repeat of {found.action_repeat}, {wanted.name} has "

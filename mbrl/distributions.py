@@ -6,7 +6,7 @@ trained with: the negative log-likelihood, or the squared error where the head i
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -186,30 +186,32 @@ def symlog_two_hot(logits: Array, limit: float = 10.0) -> SymlogTwoHot:
 
 
 class TanhNormal(NamedTuple):
-    """tanh of a normal: actions [..., A] in (-1, 1)."""
+    """tanh of a normal: actions [..., A] in (-1, 1). mask: 0 for entries that an action does not have, which
+    are 0 and count nowhere; 1 for the others, or for all."""
 
     mean: Float[Array, "*batch A"]
     log_std: Float[Array, "*batch A"]
+    mask: Any = 1.0
 
     def sample(self, key: Array) -> Float[Array, "*batch A"]:
         return self.at(jax.random.normal(key, self.mean.shape))
 
     def at(self, noise: Float[Array, "*batch A"]) -> Float[Array, "*batch A"]:
         """The sample that a standard normal ``noise`` gives; gradients flow to mean and deviation."""
-        return jnp.tanh(self.mean + jnp.exp(self.log_std) * noise)
+        return self.mask * jnp.tanh(self.mean + jnp.exp(self.log_std) * noise)
 
     def mode(self) -> Float[Array, "*batch A"]:
-        return jnp.tanh(self.mean)
+        return self.mask * jnp.tanh(self.mean)
 
     def inner_log_prob(self, noise: Float[Array, "*batch A"]) -> Float[Array, "*batch"]:
         """Log-density, before the tanh, of the sample that ``noise`` gives."""
-        return (-0.5 * jnp.square(noise) - self.log_std - 0.5 * np.log(2 * np.pi)).sum(-1)
+        return (self.mask * (-0.5 * jnp.square(noise) - self.log_std - 0.5 * np.log(2 * np.pi))).sum(-1)
 
 
-def tanh_normal(out: Array, low: float = -10.0, high: float = 2.0) -> TanhNormal:
+def tanh_normal(out: Array, mask: Any = 1.0, low: float = -10.0, high: float = 2.0) -> TanhNormal:
     """Splits ``out`` [..., 2A] into mean and log-deviation, squashed into (low, high) (TD-MPC2)."""
     mean, raw = jnp.split(out.astype(jnp.float32), 2, -1)
-    return TanhNormal(mean, low + 0.5 * (high - low) * (jnp.tanh(raw) + 1))
+    return TanhNormal(mean, low + 0.5 * (high - low) * (jnp.tanh(raw) + 1), mask)
 
 
 class Bernoulli(NamedTuple):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mbrl import envs
+from mbrl import envs, multitask
 from mbrl.collect import Episodes, HostCollector
 from mbrl.config import choose, override
 from mbrl.envs.pixels import CAMERA, CameraConfig, Shown
@@ -42,6 +42,9 @@ class Source(NamedTuple):
         return self.env is not None or self.make_host is not _no_host
 
 
+TASK_SETS = {"mt3": "cartpole_swingup,pendulum_swingup,cup_catch"}
+"""Names for several tasks."""
+
 NO_TASK = "none"
 """Instead of a task: nothing but recorded episodes."""
 
@@ -54,9 +57,15 @@ def make_source(
     backend: str = "host",
 ) -> Source:
     """The environment of the task, on the device or on the host. shown: the state, what the camera sees, or
-    both. backend: of dm_control's tasks, host or mjx (on the device); others have no choice. UserError for
-    unknown names, and where nothing can be rendered."""
+    both. backend: of dm_control's tasks, host or mjx (on the device); others have no choice. task: one,
+    several separated by commas, or one of ``TASK_SETS``. UserError for unknown names, for tasks that do not
+    fit together, and where nothing can be rendered."""
     check_at_least("loop.action_repeat", action_repeat, 1)
+    task = TASK_SETS.get(task, task)
+    if "," in task:
+        return _several(
+            [make_source(t.strip(), action_repeat, shown, camera, backend) for t in task.split(",")], task
+        )
     if task == NO_TASK:
         raise UserError("--task none needs --offline DATA: without an environment nothing can be collected")
     choose("env_backend", backend, ["host", "mjx"])
@@ -81,6 +90,19 @@ def make_source(
     except RuntimeError as error:
         raise UserError(f"--obs {shown}: {error}") from None
     return Source(env.spec, make_host=make_host)
+
+
+def _several(sources: Sequence[Source], name: str) -> Source:
+    """Environments of several tasks, of which number i has task i modulo their count."""
+    if any(source.env is not None for source in sources):
+        raise UserError(f"--task {name}: several tasks must all be environments on the host")
+    spec = multitask.join(name, [source.spec for source in sources])
+    return Source(spec, make_host=partial(_make_padded, [s.make_host for s in sources], spec))
+
+
+def _make_padded(makers: Sequence[Callable[..., HostEnv]], spec: EnvSpec, seed: int) -> HostEnv:
+    task = seed % len(makers)
+    return multitask.Padded(makers[task](seed=seed), task, spec)
 
 
 def stored_source(stored: Mapping[str, Any]) -> Source:
@@ -220,7 +242,7 @@ def host_seed(seed: int, purpose: int, index: int) -> int:
 
 def make_pool(source: Source, seeds: Seeds, num_envs: int, purpose: int) -> HostPool:
     """Host environments [S x E], member by member, of the members that live here, in this process."""
-    return HostPool([source.make_host(seed) for seed in _host_seeds(seeds, num_envs, purpose)])
+    return HostPool([source.make_host(seed) for seed in _host_seeds(source, seeds, num_envs, purpose)])
 
 
 def make_workers(
@@ -229,10 +251,13 @@ def make_workers(
     """The same environments in ``config.env_workers`` processes, or in this one where that is 0."""
     if config.env_workers == 0:
         return make_pool(source, seeds, num_envs, purpose)
-    numbers = _host_seeds(seeds, num_envs, purpose)
+    numbers = _host_seeds(source, seeds, num_envs, purpose)
     return WorkerPool(source.spec, source.make_host, numbers, config.env_workers, config.env_timeout)
 
 
-def _host_seeds(seeds: Seeds, num_envs: int, purpose: int) -> list[int]:
+def _host_seeds(source: Source, seeds: Seeds, num_envs: int, purpose: int) -> list[int]:
+    tasks = max(1, len(source.spec.tasks))
     members = [seeds.seeds[i] for i in seeds.own]
-    return [host_seed(s, purpose, i) for s in members for i in range(num_envs)]
+    numbers = [(host_seed(s, purpose, i), i) for s in members for i in range(num_envs)]
+    # The remainder of a seed says which of several tasks an environment has.
+    return [number - number % tasks + i % tasks for number, i in numbers]

@@ -37,8 +37,8 @@ class Experiment:
 
     task: str = "cartpole_swingup"
     """A dm_control task by its usual name (walker_walk, cup_catch, ...), a JAX environment (pendulum,
-    tmaze:20, brax:ant, gymnax:NAME, playground:NAME), gym:NAME, or module:function of your own. With
-    --offline the environment of the evaluations, by default none."""
+    tmaze:20, brax:ant, gymnax:NAME, playground:NAME), gym:NAME, module:function of your own, or for
+    TD-MPC2 several on the host (A,B,C or mt3). With --offline that of the evaluations, by default none."""
     env_backend: str = "host"
     """Where dm_control's tasks run: host, or mjx for those that MuJoCo MJX simulates on the device."""
     obs: Shown = "state"
@@ -181,6 +181,7 @@ def execute(
         source, recorded = stored_source(stored), None
         loop = dataclasses.replace(config.loop, action_repeat=source.spec.action_repeat)
         clock = make_clock(loop, config.steps, length)
+    check_tasks(config, kind, source.spec)
     if loop.env_workers and source.env is not None:
         raise UserError(
             f"loop.env_workers is {loop.env_workers}, but {config.task} is part of the compiled program: it "
@@ -200,6 +201,30 @@ def execute(
     return launch(
         run, stored, run_dir, title, config.resume, config.video, config.from_run, start, config.sinks
     )
+
+
+def check_tasks(config: Experiment, kind: str, spec: EnvSpec) -> None:
+    """UserError where an agent does not learn several tasks, and where it would not see as much of each."""
+    tasks = len(spec.tasks)
+    if tasks and kind != "tdmpc":
+        raise UserError(
+            f"{spec.name} is {tasks} tasks: only TD-MPC2 (experiments/tdmpc_dmc.py) learns several"
+        )
+    if tasks and not config.offline and config.loop.num_envs % tasks:
+        raise UserError(
+            f"loop.num_envs is {config.loop.num_envs}, it must be a multiple of the number of tasks, which "
+            f"is {tasks}"
+        )
+
+
+def check_parent(from_run: str, spec: EnvSpec) -> None:
+    """UserError unless the run in folder ``from_run`` learned the several tasks of ``spec``."""
+    before = stored_source(RunFolder.config_of(from_run)).spec
+    if before.tasks != spec.tasks:
+        raise UserError(
+            f"--from-run {from_run} learned {before.name}: it must have learned the same tasks in the same "
+            f"order, {spec.name}"
+        )
 
 
 def find_data(config: Experiment, length: int) -> tuple[Source, Trajectory | None, int]:
@@ -260,6 +285,8 @@ def launch(
     """
     least = check_memory(run)
     # Before anything is written: it may be refused.
+    if from_run and run.source.spec.tasks:
+        check_parent(from_run, run.source.spec)
     learned = learned_by(from_run, run.shapes().train, len(run.seeds)) if from_run and not resume else {}
     learned = {**learned, **start}
     open_folder = RunFolder.open_for_resume if resume else partial(RunFolder.create, config=stored)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mbrl import checkpoints, evaluation, video
+from mbrl import checkpoints, evaluation, multitask, video
 from mbrl.agents.planning import assemble, default_search
 from mbrl.config import choose, config_type, load_factory, override, resolve
 from mbrl.drivers import Source, make_pool, stored_source
@@ -209,7 +209,8 @@ class Finished:
     def evaluate(self, episodes: int | None = None) -> np.ndarray:
         """Returns [S, episodes] of the deterministic policies from fixed start states.
 
-        episodes: per seed; None takes as many as the run's own evaluations, and then the same episodes.
+        episodes: per seed; None takes as many as the run's own evaluations, and then the same episodes. Of
+        each task where there are several: then column i is an episode of task i modulo their count.
         """
         return self._evaluation(episodes, record=False)
 
@@ -233,7 +234,8 @@ class Finished:
         return self._imagine(self._learned_once(self._index(seed)).params["model"], past, actions)
 
     def film(self, path: str | os.PathLike, seed: int | None = None) -> float:
-        """Films one episode of a seed's deterministic policy as MP4 and returns its return.
+        """Films one episode of a seed's deterministic policy as MP4, of the first of several tasks, and
+        returns its return.
 
         Raises UserError where nothing can be rendered, with the reason.
         """
@@ -266,6 +268,7 @@ class Finished:
         if source.env is not None:
             run = evaluation.make_device(self.agent, source.env, self.seeds, episodes, record)
             return run(self.train, keys)
+        episodes *= multitask.count(source.spec)
         pool = make_pool(source, self.seeds, episodes, purpose=1)
         try:
             return evaluation.make_host(self.agent, pool, self.seeds, episodes, record)(self.train, keys)

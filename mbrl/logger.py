@@ -13,6 +13,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -399,14 +400,16 @@ def results_table(
     published: PublishedScore | None = None,
     seeds: Sequence[int] | None = None,
     unit: str = "frames",
+    tasks: Mapping[str, Any] = MappingProxyType({}),
 ) -> Table:
     """The table printed at the end of a run (``rich.print(table)``).
 
     returns: [S, K] final evaluation returns of K episodes of each of S seeds. frames: simulator frames of
     training per seed, or ``unit``. published: ``published.score_at(task, frames)``. seeds: names of the rows,
-    0 to S - 1 by default. Shows each seed's mean +- standard deviation over episodes, then mean, IQM and the
-    95 % bootstrap interval of the IQM over seeds. Seeds whose return is not finite are shown as failed and
-    left out of the aggregates, which then say how many seeds they cover.
+    0 to S - 1 by default. tasks: mean return [S] of each of several tasks, shown as its mean over seeds.
+    Shows each seed's mean +- standard deviation over episodes, then mean, IQM and the 95 % bootstrap interval
+    of the IQM over seeds. Seeds whose return is not finite are shown as failed and left out of the
+    aggregates, which then say how many seeds they cover.
     """
     returns = np.asarray(returns, dtype=np.float64)
     if returns.ndim != 2 or returns.size == 0:
@@ -425,6 +428,11 @@ def results_table(
     table.add_section()
     good = means[np.isfinite(means)]
     over = f"{good.size} seeds" if good.size == means.size else f"{good.size} of {means.size} seeds"
+    for name, values in tasks.items():
+        own = np.asarray(values, np.float64)[np.isfinite(means)]
+        table.add_row(name, f"{own.mean():.1f}" if own.size else "failed", over)
+    if tasks:
+        table.add_section()
     if good.size > 1:
         low, high = bootstrap_interval(good)
         table.add_row("mean", f"{good.mean():.1f}", over)

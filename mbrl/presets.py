@@ -203,7 +203,8 @@ def _tdmpc_small() -> Preset:
     fast = {"learning_rate": 1e-3}
     # At the published entropy weight and this learning rate, the policy's deviation runs into its upper limit
     # before the critics know anything, where tanh passes no gradient back.
-    preset["model"] |= {"image_channels": 8}
+    # The published 96 of several tasks would be wider than the latent.
+    preset["model"] |= {"image_channels": 8, "task_size": 16}
     preset["agent"] |= {"dropout": 0.0, "entropy": 1e-5, "optimiser": fast, "actor_optimiser": fast}
     return preset
 

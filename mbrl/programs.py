@@ -70,7 +70,8 @@ class LoopConfig:
     eval_every: int = 10_000
     """Frames between two evaluations; 0 evaluates at the end only."""
     eval_episodes: int = 10
-    """Episodes per seed of each evaluation, with the deterministic policy."""
+    """Episodes per seed, and per task where there are several, of each evaluation, with the deterministic
+    policy."""
     checkpoint_every: int = 20_000
     """Frames between two checkpoints; 0 saves at the end only."""
     freeze_after: int = 100

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mbrl import checkpoints, evaluation, finished, plots, published, replay, report
+from mbrl import checkpoints, evaluation, finished, multitask, plots, published, replay, report
 from mbrl import video as video_module
 from mbrl.collect import Episodes
 from mbrl.diagnose import make_dumper
@@ -31,7 +31,7 @@ from mbrl.run_folder import RunFolder
 from mbrl.seeds import Seeds
 from mbrl.sinks import Sink
 from mbrl.statistics import bootstrap_interval, iqm
-from mbrl.types import Agent, HostEnv, Trajectory
+from mbrl.types import Agent, EnvSpec, HostEnv, Trajectory
 
 
 class Run(NamedTuple):
@@ -98,7 +98,7 @@ def train(
     Raises Interrupted after SIGTERM or Ctrl-C, when the checkpoint is written, and UserError when no seed
     learns any more.
     """
-    config, clock, seeds = run.config, run.clock, run.seeds
+    config, clock, seeds, spec = run.config, run.clock, run.seeds, run.source.spec
     programs, compiling_seconds = made or (run.programs(), 0.0)
     timer, keys = Timer(compiling_seconds), seeds.keys()
     driver, (evaluate, filmed) = _driver(run, programs), _evaluation(run, video)
@@ -162,9 +162,11 @@ def train(
                 with timer("evaluate"):
                     returns = evaluate(state.train, eval_keys)
                 evaluations.append([frames, returns.tolist()])
-                logger.log(frames, {"eval_return": returns.mean(1)})
-                progress.say(_evaluation_line(frames, returns, timer, clock.unit))
-                folder.write_summary(summarise(frames, evaluations, timer, updates, state.train, seeds))
+                each = multitask.by_task(spec, returns)
+                by_name = {f"eval_return/{name}": mean for name, mean in each.items()}
+                logger.log(frames, {"eval_return": returns.mean(1)} | by_name)
+                progress.say(_evaluation_line(frames, returns, each, timer, clock.unit))
+                folder.write_summary(summarise(frames, evaluations, timer, updates, state.train, seeds, spec))
             if scheduled or stop:
                 monitor.flush()
                 logger.flush()
@@ -189,7 +191,7 @@ def train(
         path = folder.videos / f"{clock.total * clock.frames}.mp4"
         video_module.record(path, film, lambda watch: evaluate(state.train, eval_keys, watch))
     total = clock.total * clock.frames
-    return summarise(total, evaluations, timer, clock.total_updates, state.train, seeds)
+    return summarise(total, evaluations, timer, clock.total_updates, state.train, seeds, spec)
 
 
 def _driver(run: Run, programs: Programs) -> OfflineDriver | DeviceDriver | HostDriver:
@@ -210,11 +212,12 @@ def _evaluation(run: Run, video: bool):
         return None, None
     if source.env is not None:
         return evaluation.make_device(agent, source.env, seeds, config.eval_episodes), None
+    episodes = config.eval_episodes * multitask.count(source.spec)
     # What is filmed must be in this process.
     make = make_pool if video else partial(make_workers, config=config)
-    pool = make(source, seeds, config.eval_episodes, purpose=1)
+    pool = make(source, seeds, episodes, purpose=1)
     filmed = pool.envs[0] if isinstance(pool, HostPool) else None
-    return evaluation.make_host(agent, pool, seeds, config.eval_episodes), filmed
+    return evaluation.make_host(agent, pool, seeds, episodes), filmed
 
 
 def _can_film(env: HostEnv | None) -> bool:
@@ -331,17 +334,23 @@ class Timer:
         self.seconds[name] += time.perf_counter() - began
 
 
-def _evaluation_line(frames: int, returns: np.ndarray, timer: Timer, unit: str) -> str:
-    per_seed = ", ".join(f"{mean:.0f}" for mean in returns.mean(1))
+def _evaluation_line(
+    frames: int, returns: np.ndarray, each: Mapping[str, np.ndarray], timer: Timer, unit: str
+) -> str:
+    shown = lambda means: ", ".join(f"{mean:.0f}" for mean in means)
+    over = f"{returns.shape[1]} episodes{' per seed' if len(returns) > 1 else ''}"
     return (
-        f"evaluation at {frames:,} {unit}, {timer.seconds['train']:.0f} s of training: return {per_seed} "
-        f"(mean of {returns.shape[1]} episodes{' per seed' if len(returns) > 1 else ''})"
+        f"evaluation at {frames:,} {unit}, {timer.seconds['train']:.0f} s of training: return "
+        f"{shown(returns.mean(1))} (mean of {over})"
+        + "".join(f"; {name} {shown(means)}" for name, means in each.items())
     )
 
 
-def summarise(frames: int, evaluations, timer: Timer, updates: int, train, seeds: Seeds) -> dict[str, Any]:
+def summarise(
+    frames: int, evaluations, timer: Timer, updates: int, train, seeds: Seeds, spec: EnvSpec
+) -> dict[str, Any]:
     """The contents of ``summary.json``; seconds are wall time, ``eval_return`` is the latest evaluation, and
-    is missing where there is none."""
+    is missing where there is none. Of several tasks it is their mean, and "tasks" has that of each [S]."""
     summary = {
         "env_steps": frames,
         "wall_seconds": sum(timer.seconds.values()),
@@ -356,10 +365,13 @@ def summarise(frames: int, evaluations, timer: Timer, updates: int, train, seeds
         return summary
     returns = evaluations[-1][1]
     per_seed = np.mean(returns, 1)
+    each = lambda returns: {"tasks": multitask.by_task(spec, returns)} if spec.tasks else {}
     latest = {"per_seed": per_seed, "episodes": returns, "mean": per_seed.mean(), "iqm": iqm(per_seed)}
     return summary | {
-        "eval_return": latest | {"ci": list(bootstrap_interval(per_seed))},
-        "evaluations": [{"env_steps": step, "per_seed": np.mean(values, 1)} for step, values in evaluations],
+        "eval_return": latest | {"ci": list(bootstrap_interval(per_seed))} | each(returns),
+        "evaluations": [
+            {"env_steps": step, "per_seed": np.mean(values, 1)} | each(values) for step, values in evaluations
+        ],
     }
 
 
@@ -384,6 +396,7 @@ def finish(folder: RunFolder, summary: dict[str, Any], task: str, title: str, un
     plots.save_curve(folder.curve, evaluations, training, curve, title, unit)
     score = published.score_at(task, summary["env_steps"], method) if comparable else None
     returns, wall = summary["eval_return"]["episodes"], summary["wall_seconds"]
-    Console().print(results_table(task, summary["env_steps"], returns, wall, score, seeds, unit))
+    tasks = summary["eval_return"].get("tasks", {})
+    Console().print(results_table(task, summary["env_steps"], returns, wall, score, seeds, unit, tasks))
     report.write_at_end(folder)
     print(f"report.html, curve, metrics and checkpoints: {folder.path}")

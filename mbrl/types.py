@@ -54,13 +54,16 @@ class EnvSpec:
     action: ArraySpec
     action_repeat: int = 1
     max_steps: int | None = None
+    tasks: tuple[EnvSpec, ...] = ()
+    """Of an environment that is several: the specs of the single ones, in the order of ``obs["task"]``."""
 
     @classmethod
     def of_json(cls, stored: dict[str, Any]) -> EnvSpec:
         """The spec of which ``dataclasses.asdict``, after a trip through JSON, is ``stored``."""
         array = lambda a: ArraySpec(tuple(a["shape"]), a["dtype"], a["classes"])
         obs = {key: array(a) for key, a in stored["obs"].items()}
-        return cls(stored["name"], obs, array(stored["action"]), stored["action_repeat"], stored["max_steps"])
+        action, tasks = array(stored["action"]), tuple(map(cls.of_json, stored.get("tasks", ())))
+        return cls(stored["name"], obs, action, stored["action_repeat"], stored["max_steps"], tasks)
 
 
 class TimeStep(NamedTuple):

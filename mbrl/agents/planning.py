@@ -84,7 +84,9 @@ def assemble(
     name.
     """
     check_numbers(config.plan)
-    discount = episode_discount(spec.max_steps, config.model.discount)
+    discount = config.model.discount
+    if not spec.tasks:
+        discount = episode_discount(spec.max_steps, discount)
     agent = agents.make(config.agent, spec, model, discount, updates)
     if config.planner == "none":
         return agent

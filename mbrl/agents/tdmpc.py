@@ -16,6 +16,7 @@ import optax
 from mbrl import losses, optimisers
 from mbrl.distributions import SymlogTwoHot, check_bins, one_hot, symlog_two_hot, tanh_normal
 from mbrl.errors import check_at_least, check_between
+from mbrl.multitask import TASK, action_mask, discounts
 from mbrl.networks import NormedMLP, apply
 from mbrl.optimisers import OptimiserConfig
 from mbrl.planning import simulator_of
@@ -118,12 +119,17 @@ def behaviour(config: TDMPCConfig, spec: EnvSpec) -> Behaviour:
     actor = NormedMLP(2, config.units, size if discrete else 2 * size)
     critic = NormedMLP(2, config.units, config.bins, dropout=config.dropout, zero_out=True)
 
+    def split(features):
+        """The input of the networks, and the mask of actions that follows it for several tasks."""
+        return (features[..., :-size], features[..., -size:]) if spec.tasks else (features, 1.0)
+
     def policy(params, features):
-        out = apply(actor, params, features)
-        return one_hot(out) if discrete else tanh_normal(out)
+        inputs, mask = split(features)
+        out = apply(actor, params, inputs)
+        return one_hot(out) if discrete else tanh_normal(out, mask)
 
     def values(params, features, action, key=None):
-        x = jnp.concatenate([features, action.astype(features.dtype)], -1)
+        x = jnp.concatenate([split(features)[0], action.astype(features.dtype)], -1)
         if key is None:
             logits = jax.vmap(lambda p: apply(critic, p, x))(params)
         else:
@@ -162,14 +168,17 @@ def make_simulator(config: TDMPCConfig, spec: EnvSpec, model: WorldModel, discou
         """Standard deviation of the critics' values: how little their data says of this action."""
         return values(params["critic"], features, action).mean().std(0)
 
-    simulator = simulator_of(model, act, value, entry="model")
+    masks = action_mask(spec)
+    mask = (lambda params, state: jnp.asarray(masks)[state.now.task]) if spec.tasks else None
+    simulator = simulator_of(model, act, value, mask, entry="model")
 
     def predict(params, state):
         """A plan ends where termination is the likelier outcome. Its actions may be penalised by the critics'
         spread, as in FOWM (arXiv 2310.16029)."""
         said = simulator.predict(params, state)
-        doubt = {"value_std": spread(params, state.source, state.action)}
-        cont = jnp.where(said.cont > 0.5 * discount, discount, 0.0)
+        source = model.features(params["model"], state._replace(z=state.source))
+        doubt = {"value_std": spread(params, source, state.action)}
+        cont = said.cont if spec.tasks else jnp.where(said.cont > 0.5 * discount, discount, 0.0)
         return said._replace(cont=cont, uncertainty=said.uncertainty | doubt)
 
     return simulator._replace(predict=predict)
@@ -184,8 +193,8 @@ def make(config: TDMPCConfig, spec: EnvSpec, model: WorldModel, discount: Any, t
     """TD-MPC2 on a world model that gives ``Observed.predicted``; it acts by its policy, until
     `mbrl.agents.planning` adds a planner.
 
-    discount: per agent step, the one in the model's ``cont``. total_updates: length of the run, for the
-    learning-rate schedule.
+    discount: per agent step, the one in the model's ``cont``; 0, for several tasks, takes what suits each.
+    total_updates: length of the run, for the learning-rate schedule.
     """
     check(config)
     size = spec.action.size
@@ -194,6 +203,7 @@ def make(config: TDMPCConfig, spec: EnvSpec, model: WorldModel, discount: Any, t
     optimiser = optimisers.make(config.optimiser, total_updates, groups)
     actor_optimiser = optimisers.make(config.actor_optimiser, total_updates)
     scales = {k: getattr(config, f"scale_{k}") for k in ("consistency", "reward", "termination")}
+    gammas = discounts(spec, discount)
 
     def init(key) -> TrainState:
         model_key, critic_key, actor_key = jax.random.split(key, 3)
@@ -201,6 +211,7 @@ def make(config: TDMPCConfig, spec: EnvSpec, model: WorldModel, discount: Any, t
         z = model.features(
             params["model"], model.starts(params["model"], model.init_state(params["model"], 1)).states
         )
+        z = z[..., :-size] if spec.tasks else z  # without the mask
         inputs = jnp.concatenate([z, jnp.zeros((1, size), z.dtype)], -1)
         params["critic"] = jax.vmap(lambda k: critic.init(k, inputs)["params"])(
             jax.random.split(critic_key, config.critics)
@@ -235,7 +246,8 @@ def make(config: TDMPCConfig, spec: EnvSpec, model: WorldModel, discount: Any, t
         pair_key, action_key = jax.random.split(key)
         action = policy(train.params["actor"], features).sample(action_key)
         value = values(two_of(train.target, pair_key), features, action).mean().min(0)
-        return losses.td_target(traj.reward, traj.is_terminal, value, discount)
+        gamma = jnp.asarray(gammas)[traj.obs[TASK]] if spec.tasks else discount
+        return losses.td_target(traj.reward, traj.is_terminal, value, gamma)
 
     def model_loss(learned, train: TrainState, traj: Trajectory, key):
         """World model and critics (eq. 3); transition t leads from row t to row t + 1."""
@@ -268,7 +280,8 @@ def make(config: TDMPCConfig, spec: EnvSpec, model: WorldModel, discount: Any, t
             noise = jax.random.normal(action_key, dist.mean.shape)
             value = values(critics, features, dist.at(noise), dropout_key).mean().mean(0)
             # As published: of the normal before its tanh, and once more times the number of actions.
-            return value, -size * dist.inner_log_prob(noise)
+            count = dist.mask.sum(-1) if spec.tasks else size
+            return value, -count * dist.inner_log_prob(noise)
 
         def over_all(params):
             dist = policy(params, features)

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from mbrl import optimisers
+from mbrl import multitask, optimisers
 from mbrl.agents import dreamer, pets, tdmpc
 from mbrl.agents.dreamer import DreamerConfig
 from mbrl.agents.pets import PETSConfig
@@ -39,6 +39,10 @@ SPECS = {
     "continuous": EnvSpec("continuous", OBS, ArraySpec((A,))),
     "discrete": EnvSpec("discrete", OBS, ArraySpec((A,), classes=A)),
 }
+SPECS["two tasks"] = multitask.join(
+    "two tasks",
+    [SPECS["continuous"], EnvSpec("narrow", {"state": ArraySpec((2,))}, ArraySpec((1,)), max_steps=20)],
+)
 MODEL = RSSMConfig(
     stoch=2,
     classes=3,
@@ -71,6 +75,7 @@ CASES = {
     ),
     "tdmpc": ("continuous", TDMPC),  # acts by a planner, the next one by its policy
     "tdmpc discrete": ("discrete", TDMPC),
+    "tdmpc two tasks": ("two tasks", TDMPC),
     "pets": ("continuous", PETSConfig()),  # acts by a planner, the next one at random
     "pets discrete": ("discrete", PETSConfig()),
 }
@@ -99,7 +104,9 @@ def make_agent(config, spec: EnvSpec, model: WorldModel | None = None) -> Agent:
             planner = make_planner(simulator, cem.make(CEM, spec.action))
             return with_planner(agent, planner, make_objective(), partial(pets.acting_params, config))
         if isinstance(config, TDMPCConfig):
-            model = tdmpc_model.make(TDMPC_MODEL, spec)
+            # Several tasks have no termination head.
+            settings = dataclasses.replace(TDMPC_MODEL, episodic=not spec.tasks, task_size=4)
+            model = tdmpc_model.make(settings, spec)
             agent = tdmpc.make(config, spec, model, TDMPC_MODEL.discount, total_updates=100)
             if spec.action.classes:
                 return agent
@@ -173,7 +180,8 @@ def make_trajectory(agent: Agent, train, config, spec: EnvSpec, seed: int = 0) -
         last,
         latent,
     )
-    return jax.tree.map(lambda x: jnp.asarray(x, bool if x.dtype == bool else jnp.float32), traj)
+    traj = jax.tree.map(lambda x: jnp.asarray(x, bool if x.dtype == bool else jnp.float32), traj)
+    return traj._replace(obs=with_task(spec, traj.obs))
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -189,8 +197,16 @@ def dreamer_case(case) -> Case:
     return case
 
 
-def obs_of(seed: int):
-    return {"state": jax.random.normal(jax.random.key(seed), (E, 3))}
+def obs_of(spec: EnvSpec, seed: int):
+    return with_task(spec, {"state": jax.random.normal(jax.random.key(seed), (E, 3))})
+
+
+def with_task(spec: EnvSpec, obs: dict):
+    """Observations {"state": [..., batch, 3]}, and the number of the task of each batch entry."""
+    if not spec.tasks:
+        return obs
+    lead = obs["state"].shape[:-1]
+    return obs | {"task": jnp.broadcast_to(jnp.arange(lead[-1]) % len(spec.tasks), lead)}
 
 
 def same(a, b):
@@ -215,8 +231,8 @@ def test_act_shapes(case):
     its shapes, so that a scan can carry it and nothing is compiled twice."""
     actor = case.agent.init_actor(case.train, E)
     for mode in ("train", "eval"):
-        action, after, info = case.act(case.train, actor, obs_of(0), YES, jax.random.key(0), mode)
-        case.act(case.train, after, obs_of(1), NO, jax.random.key(1), mode)
+        action, after, info = case.act(case.train, actor, obs_of(case.spec, 0), YES, jax.random.key(0), mode)
+        case.act(case.train, after, obs_of(case.spec, 1), NO, jax.random.key(1), mode)
         assert action.shape == (E, A) and action.dtype == jnp.float32
         if case.spec.action.classes:
             assert np.isin(action, (0.0, 1.0)).all() and (action.sum(-1) == 1).all()
@@ -233,7 +249,7 @@ def test_act_modes(case):
     """Evaluation is deterministic given the key, exploration varies with it; states are the same in both, and
     where somebody else will act."""
     actor, key = case.agent.init_actor(case.train, E), jax.random.key(0)
-    run = lambda mode, key: case.act(case.train, actor, obs_of(0), YES, key, mode)
+    run = lambda mode, key: case.act(case.train, actor, obs_of(case.spec, 0), YES, key, mode)
     same(run("eval", key), run("eval", key))
     assert len({run("train", jax.random.key(i))[0].tobytes() for i in range(20)}) > 1
     states = [state_of(run(mode, key)[1]) for mode in ("eval", "train", "watch")]
@@ -247,7 +263,7 @@ def test_act_evaluation_uses_the_average(dreamer_case):
     actor, key = case.agent.init_actor(case.train, E), jax.random.key(0)
     flipped = case.train._replace(actor_average=jax.tree.map(lambda x: -x, case.train.actor_average))
     actions = {
-        (mode, name): case.act(train, actor, obs_of(0), YES, key, mode)[0]
+        (mode, name): case.act(train, actor, obs_of(case.spec, 0), YES, key, mode)[0]
         for mode in ("train", "eval")
         for name, train in (("plain", case.train), ("flipped", flipped))
     }
@@ -260,11 +276,11 @@ def test_is_first_clears_memory(case):
     """After an episode start, not one bit of the history is left, for that environment and no other."""
     used = case.agent.init_actor(case.train, E)
     for i in range(3):
-        _, used, _ = case.act(case.train, used, obs_of(i), NO, jax.random.key(i), "train")
+        _, used, _ = case.act(case.train, used, obs_of(case.spec, i), NO, jax.random.key(i), "train")
     fresh, key = case.agent.init_actor(case.train, E), jax.random.key(9)
     middle = jnp.array([False, True, False])
-    a = case.act(case.train, used, obs_of(5), middle, key, "eval")[:2]
-    b = case.act(case.train, fresh, obs_of(5), middle, key, "eval")[:2]
+    a = case.act(case.train, used, obs_of(case.spec, 5), middle, key, "eval")[:2]
+    b = case.act(case.train, fresh, obs_of(case.spec, 5), middle, key, "eval")[:2]
     at = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
     same(at(a, 1), at(b, 1))
     for i in (0, 2):
@@ -276,8 +292,10 @@ def test_memory_matters(case):
     actors = []
     for first_obs in (0, 1):
         actor = case.agent.init_actor(case.train, E)
-        _, actor, _ = case.act(case.train, actor, obs_of(first_obs), YES, jax.random.key(0), "eval")
-        actors.append(case.act(case.train, actor, obs_of(7), NO, jax.random.key(1), "eval")[1])
+        _, actor, _ = case.act(
+            case.train, actor, obs_of(case.spec, first_obs), YES, jax.random.key(0), "eval"
+        )
+        actors.append(case.act(case.train, actor, obs_of(case.spec, 7), NO, jax.random.key(1), "eval")[1])
     assert differ(state_of(actors[0]), state_of(actors[1]))
 
 
@@ -365,7 +383,7 @@ def test_context_row(case):
 def test_extreme_data(case, scale):
     """Observations and rewards of 0 or a million give finite metrics and parameters."""
     traj = case.traj._replace(
-        obs={"state": case.traj.obs["state"] * scale},
+        obs=case.traj.obs | {"state": case.traj.obs["state"] * scale},
         reward=case.traj.reward * scale,
         action=case.traj.action * scale,
     )

@@ -82,6 +82,9 @@ def command():
         ("--loop.replay-size 4", ["loop.replay_size", "4"]),
         ("--task pendulum --loop.env-workers 2", ["loop.env_workers is 2", "pendulum", "must be 0"]),
         ("--loop.env-timeout 0", ["loop.env_timeout", "above 0"]),
+        ("--task cartpole_swingup,cup_catch", ["cartpole_swingup,cup_catch", "2 tasks", "only TD-MPC2"]),
+        ("--task cartpole_swingup,pendulum", ["--task", "on the host"]),
+        ("--task cup_catch,cup_catch", ["cup_catch", "twice"]),
         ("--resume", ["run"]),
     ],
 )
@@ -126,6 +129,7 @@ def test_too_much_memory_is_refused_before_the_folder_is_made(command, tmp_path)
         "--loop.pretrain -1",
         "--plan.uncertainty disagreement",
         "--plan.explore disagreement=1",
+        "--task mt3 --loop.num-envs 4",
     ],
 )
 def test_bad_input_of_tdmpc(tmp_path, flags):
@@ -181,6 +185,7 @@ CASES = [
     dreamer("rssm", "cartpole_swingup"),
     dreamer("rssm", "pendulum", "--obs", "pixels", "--camera.size", "16", marks=pytest.mark.slow),
     tdmpc("cartpole_swingup", "--loop.env-workers", "1"),
+    tdmpc("cartpole_swingup,cup_catch"),
     tdmpc("pendulum", marks=pytest.mark.slow),
     pytest.param("pets", TINY_PETS, "pendulum", 600, (), id="pets-pendulum"),
     *(
@@ -202,7 +207,14 @@ def test_resume_is_exact(request, capsys, tmp_path, script, tiny, task, steps, m
     command([*flags, "--run-dir", str(whole)])
     assert (whole / "curve.png").stat().st_size > 10_000
     summary = json.loads((whole / "summary.json").read_text())
-    assert np.shape(summary["eval_return"]["episodes"]) == (2, 2)
+    tasks = task.split(",")
+    returned = summary["eval_return"]
+    assert np.shape(returned["episodes"]) == (2, 2 * len(tasks))
+    if len(tasks) > 1:
+        names = ["cartpole_swingup", "ball_in_cup_catch"]
+        each = {name: np.array(returned["episodes"])[:, i::2].mean(1) for i, name in enumerate(names)}
+        assert {name: list(mean) for name, mean in each.items()} == returned["tasks"]
+        assert read_metrics(whole)[-1]["eval_return/cartpole_swingup"] == each["cartpole_swingup"][1]
     found = checkpoints.steps(whole / "checkpoints")
     assert len(found) == 2
 

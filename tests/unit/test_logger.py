@@ -275,6 +275,12 @@ def test_results_table():
     assert "3:07" in out
 
 
+def test_results_table_of_several_tasks():
+    tasks = {"walker_walk": [1.0, 2.0], "cup_catch": [3.0, 6.0]}
+    out = printed(results_table("two", 1000, [[1.0, 3.0], [2.0, 6.0]], 1.0, tasks=tasks))
+    assert "walker_walk" in out and "1.5" in out and "cup_catch" in out and "4.5" in out and "3.0" in out
+
+
 def test_results_table_of_one_seed_and_of_failed_seeds():
     out = printed(results_table("pendulum", 1000, [[5.0]], 1.0))
     assert "5.0" in out and "IQM" not in out and "published" not in out
