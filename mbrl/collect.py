@@ -78,7 +78,8 @@ def init_device(env: JaxEnv, num_envs: int, key: Array) -> EnvCarry:
 
 def renew(env: JaxEnv, carry: EnvCarry, key: Array, rows: int, iteration: Array) -> EnvCarry:
     """Draws the states to reset to anew in the iterations (of ``rows`` steps) in which the clock passes a
-    multiple of an episode's length. Where no episode ends before its time limit, each is used once."""
+    multiple of an episode's length. Where no episode ends before its time limit, and an iteration is not
+    longer than one, each is used once."""
     if not env.costly_reset:
         return carry
     length = (env.spec.max_steps or 1000) + 1  # a reset takes a row

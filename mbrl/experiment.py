@@ -17,6 +17,7 @@ import numpy as np
 from mbrl import dataset, open_loop, processes, sinks
 from mbrl.config import check_config, differences, early_flags, override, parse_flags
 from mbrl.drivers import NO_TASK, Source, stored_source
+from mbrl.envs import pixels
 from mbrl.envs.pixels import CAMERA, CameraConfig, Shown
 from mbrl.errors import UserError
 from mbrl.finished import learned_by, load
@@ -166,6 +167,7 @@ def execute(
     run has those of its folder.
     """
     check_config(config)
+    pixels.check(config.camera)
     sinks.check(config.sinks)
     if config.debug:
         use_debugging(config.num_seeds)

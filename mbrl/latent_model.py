@@ -134,7 +134,7 @@ def make_modules(config: LatentConfig, spec: EnvSpec, feature_size: int) -> dict
 
 def make(config: LatentConfig, spec: EnvSpec, backbone: Backbone) -> WorldModel:
     """World model of ``backbone`` for the observations of ``spec`` (DreamerV3 section "World model")."""
-    for field in ("stoch", "classes", "units", "image_depth"):
+    for field in ("stoch", "classes", "units", "image_depth", "image_blocks"):
         check_at_least(f"model.{field}", getattr(config, field), 1)
     for field in ("encoder_layers", "decoder_layers", "head_layers"):
         check_between(f"model.{field}", getattr(config, field), 1, MAX_LAYERS)

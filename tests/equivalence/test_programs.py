@@ -225,7 +225,7 @@ def numbered_env(costly: bool) -> JaxEnv:
     return JaxEnv(SPEC, reset, step, costly)
 
 
-@pytest.mark.parametrize("rows", [1, 4, 7])
+@pytest.mark.parametrize("rows", [1, 4, LENGTH + 1])
 def test_costly_resets_are_drawn_in_advance_and_used_once(rows):
     """However iterations and episodes overlap: no two episodes of any environment start alike."""
     env, agent = numbered_env(True), scripted_agent()

@@ -33,6 +33,8 @@ ZERO_IS_FINE = {
         "loop.pretrain",
         "loop.eval_every",
         "loop.checkpoint_every",
+        "loop.env_workers",
+        "plan.value",
     ),
     *("model.unimix", "model.free_nats", "model.discount", "model.dyn_layers", "model.prior_layers"),
     *("model.post_layers", "model.deter of s4wm", "model.deter of r2i", "model.ssm_lr_scale"),
@@ -134,7 +136,7 @@ def of_field(name: str, kind: object, model: str) -> Iterator[Case]:
             (value, [f"{name} is ", "between"]) for value in ("-0.5", "nan", "inf", "-inf", "1e39", "1e-40")
         ]
     elif typing.get_origin(kind) is typing.Literal:
-        wrong += [(value, [flag, *typing.get_args(kind)]) for value in ("", "both")]
+        wrong += [(value, [flag, *typing.get_args(kind)]) for value in ("", "neither")]
     if kind in (int, float) and not {name, f"{name} of {model}"} & ZERO_IS_FINE:
         wrong += [("0", [shown, " 0", "it must"])]
     if name in FRACTIONS:
