@@ -74,9 +74,10 @@ def main(argv: Sequence[str]) -> None:
     returns = run.evaluate(config.num_episodes or None)
     seconds = time.perf_counter() - began
     method = published.METHODS.get(run.config.get("agent", "dreamer"), "")
-    score = published.score_at(run.spec.name, run.frames, method)
+    unit = "updates" if run.config["config"].get("offline") else "frames"
+    score = published.score_at(run.spec.name, run.frames, method) if unit == "frames" else None
     tasks, seeds = multitask.by_task(run.spec, returns), list(run.seeds.seeds)
-    Console().print(results_table(run.spec.name, run.frames, returns, seconds, score, seeds, tasks=tasks))
+    Console().print(results_table(run.spec.name, run.frames, returns, seconds, score, seeds, unit, tasks))
     if config.json is not None:
         write_json(config.json, result(run, returns, seconds))
         print(f"result: {config.json}")

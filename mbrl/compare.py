@@ -31,7 +31,10 @@ from mbrl.statistics import (
 )
 
 # Settings that do not make another method.
-_INCIDENTAL = ("task", "seed", "num_seeds", "steps", "run_dir", "resume", "video", "debug", "sinks")
+_INCIDENTAL = {
+    *("task", "seed", "num_seeds", "steps", "run_dir", "resume", "video", "debug", "sinks"),
+    *("data_parallel", "distributed", "deterministic", "loop.env_workers", "loop.env_timeout"),
+}
 AGGREGATES: dict[str, Callable[[Scores], float]] = {
     "IQM": aggregate_iqm,
     "median": aggregate_median,
@@ -71,7 +74,7 @@ class Comparison(NamedTuple):
     """methods, tasks: names. frames: per task, where scores are taken. scale: return of score 1. aggregates:
     {method: {statistic: Estimate}}. profiles [51] at thresholds `PROFILE`. improvement: over the reference,
     per other method. efficiency: (frames [K], IQM [K]). per_task: mean return, (methods, tasks).
-    missing: tasks that not every method has, left out."""
+    missing: tasks that not every method has, left out. unit: what "frames" count."""
 
     methods: list[str]
     tasks: list[str]
@@ -87,6 +90,7 @@ class Comparison(NamedTuple):
     efficiency: dict[str, tuple[np.ndarray, Estimate]]
     per_task: np.ndarray
     missing: list[str]
+    unit: str = FRAMES
 
 
 def methods_of(folders: Sequence[str], prefix: str = "") -> list[Method]:
@@ -109,13 +113,13 @@ def methods_of(folders: Sequence[str], prefix: str = "") -> list[Method]:
 
 def _settings(result: Result) -> dict[str, Any]:
     """What makes a method: the kind of agent and its settings."""
-    own = {k: v for k, v in result.config.items() if k not in _INCIDENTAL}
+    own = {k: v for k, v in flatten(result.config) if k not in _INCIDENTAL}
     return {"kind": result.agent} | own
 
 
 def _names(groups: list[list[Result]]) -> list[str]:
     """Of the settings that differ: agent, world model and preset if they tell the groups apart, else all."""
-    flat = [dict(flatten(_settings(runs[0]))) for runs in groups]
+    flat = [_settings(runs[0]) for runs in groups]
     keys = {key: None for one in flat for key in one}
     differing = [k for k in keys if len({json.dumps(one.get(k)) for one in flat}) > 1]
     main = [k for k in ("kind", "world_model", "preset") if k in keys]
@@ -153,6 +157,11 @@ def compare(
     check_between("--threshold", threshold, 0, 1)
     if frames is not None:
         check_at_least("--frames", frames, 1)
+    units = {run.unit for method in methods for run in method.runs}
+    if len(units) > 1:
+        raise UserError(
+            "some of these runs count frames and others, of --offline, updates: compare them apart"
+        )
     by_task = [
         {task: [r for r in m.runs if r.task == task] for task in {r.task for r in m.runs}} for m in methods
     ]
@@ -211,6 +220,7 @@ def compare(
         },
         per_task=np.array([[scale * one.mean() for one in final[name]] for name in names]),
         missing=[task for task in everything if task not in tasks],
+        unit=units.pop(),
     )
 
 
@@ -292,7 +302,7 @@ def tables(c: Comparison) -> list[tuple[str, list[str], list[list[str]]]]:
     found.append((f"First evaluation with a score of {c.threshold:g} or more", head, rows))
     rows = [[m, *(_number(v, 1) for v in c.per_task[i])] for i, m in enumerate(c.methods)]
     known = [published.score_at(task, frames) for task, frames in zip(c.tasks, c.frames)]
-    if any(known):
+    if any(known) and c.unit == FRAMES:
         rows.append(["published", *(s.text(1) if s else "-" for s in known)])
     found.append(("Mean return by task", ["method", *c.tasks], rows))
     return found

@@ -26,7 +26,7 @@ from mbrl.memory import check_memory, compile_and_check
 from mbrl.population import check_varied, with_hyper
 from mbrl.processes import all_do, leads, one_voice
 from mbrl.programs import LoopConfig, make_clock, make_offline_clock
-from mbrl.run_folder import RunFolder
+from mbrl.run_folder import RunFolder, portable
 from mbrl.seeds import Seeds, use_compilation_cache, use_cpu_devices, use_debugging, use_determinism
 from mbrl.train import Run, finish, train
 from mbrl.types import Agent, EnvSpec, Trajectory
@@ -140,6 +140,7 @@ def resumed(
     config = dataclasses.replace(config, run_dir=run_dir, resume=True)
     unset = {name: getattr(Experiment, name) for name in FREE}
     given = parse_flags(argv, dataclasses.replace(config, **unset))
+    given = dataclasses.replace(given, offline=portable(given.offline))
     config = dataclasses.replace(config, **{name: getattr(given, name) for name in FREE})
     if changed := differences(config, given):
         raise UserError(f"--resume continues a run as it was started, but {changed[0]} differs from it")
@@ -238,6 +239,10 @@ def find_data(config: Experiment, length: int) -> tuple[Source, Trajectory | Non
         before = RunFolder.config_of(config.run_dir)
         return stored_source(before), None, before["rows"]
     if config.task == NO_TASK:
+        usual = {"obs": "state", "env_backend": "host"}
+        for field, value in usual.items():
+            if (found := getattr(config, field)) != value:
+                raise UserError(f"{field} is {found!r}, but --offline without --task has no environment")
         found = dataset.load_joined(config.offline)
         source = Source(found.spec)
     else:
@@ -305,7 +310,11 @@ def launch(
         summary = train(run, folder, resume, video, learned, made, opened)
         seen = run.source.playable and any(map(is_image, run.source.spec.obs.values()))
         if seen and jax.process_count() == 1:
-            open_loop.write(load(folder.path), summary["env_steps"])
+            try:
+                last = load(folder.path)
+                open_loop.write(last, last.frames)
+            except (UserError, OSError) as error:  # the results come all the same
+                print(f"no film of what the world model expects: {error}")
         if leads():
             finish(folder, summary, task, f"{task}: {name}", run.clock.unit)
     return summary

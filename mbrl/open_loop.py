@@ -39,12 +39,14 @@ def measure(run: Finished, seed: int | None = None) -> dict[str, np.ndarray]:
     """
     images = [key for key, entry in run.spec.obs.items() if is_image(entry)]
     params = run.learned(seed).params["model"]
+    if not images or run.model.decode(params, _any_features(run, params)) is None:
+        return {}
     _, played = run.play(1)
     index = run.seeds.seeds.index(run.seeds.seeds[0] if seed is None else seed)
     episode = jax.tree.map(lambda x: jnp.asarray(x[index]), played)
     length = int(np.asarray(episode.is_last[:, 0]).argmax()) or episode.reward.shape[0] - 1
     context, horizon = min(CONTEXT, length // 2), min(HORIZON, length - length // 2)
-    if not images or context < 1 or run.model.decode(params, _any_features(run, params)) is None:
+    if context < 1:
         return {}
     episode = jax.tree.map(lambda x: x[: length + 1], episode)
     last = length - horizon  # the latest point with so much ahead

@@ -255,13 +255,14 @@ def jsonable(value: Any) -> Any:
 
 
 def portable(value: Any) -> Any:
-    """``value`` with every absolute path replaced by its last part."""
+    """``value`` with every absolute path replaced by its last part, in lists with commas too."""
     if isinstance(value, dict):
         return {str(key): portable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [portable(item) for item in value]
-    if isinstance(value, (str, os.PathLike)) and os.path.isabs(os.fspath(value)):
-        return Path(value).name
+    if isinstance(value, (str, os.PathLike)):
+        parts = os.fspath(value).split(",")
+        return ",".join(Path(part).name if os.path.isabs(part) else part for part in parts)
     return value
 
 

@@ -166,8 +166,11 @@ class WorkerPool:
         return None
 
     def _insist(self, w: int, name: str, argument: Any = None) -> Any:
-        """The answer to a command, of a new worker where the old one fails."""
+        """The answer to a command, of a new worker where the old one fails. It may take as long as a start:
+        some environments get to a state by playing an episode again."""
         while True:
+            worker = self._workers[w]
+            worker.ready_by = max(worker.ready_by, time.monotonic() + START_SECONDS)
             self._command(w, name, argument)
             if (value := self._answer(w)) is not None:
                 return value

@@ -247,6 +247,18 @@ def test_methods_are_grouped_by_their_settings(tmp_path):
     ]
 
 
+def test_what_changes_no_result_makes_no_method(tmp_path):
+    """Nor are updates of recorded episodes compared with frames."""
+    one, two, offline = (tmp_path / name for name in ("one", "two", "offline"))
+    run_folder(one, 2, loop={"env_workers": 0, "num_envs": 4})
+    run_folder(two, 2, loop={"env_workers": 2, "num_envs": 4}, data_parallel=2)
+    run_folder(offline, 2, offline="data")
+    methods = compare.methods_of([str(one), str(two)])
+    assert [len(m.runs) for m in methods] == [2]
+    with pytest.raises(UserError, match="compare them apart"):
+        compare.compare(compare.methods_of([f"a={one}", f"b={offline}"]))
+
+
 def test_a_comparison_is_that_of_the_statistics(tmp_path):
     """Scores are taken where the shortest run of a task ends, on the tasks that both methods have."""
     a1, a2 = run_folder(tmp_path / "a1", 4, 3), run_folder(tmp_path / "a2", 3, 2, task="walker_walk")

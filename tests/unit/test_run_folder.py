@@ -232,3 +232,10 @@ def test_exit_with_prints_one_line_and_no_traceback(capsys):
     assert exit_.value.code == 2
     captured = capsys.readouterr()
     assert captured.err == "error: task 'walk' is unknown: did you mean walker_walk?\n" and captured.out == ""
+
+
+def test_lists_of_paths_keep_their_names():
+    assert run_folder.portable({"offline": "/data/a,/data/b", "task": "a,b"}) == {
+        "offline": "a,b",
+        "task": "a,b",
+    }
