@@ -3,6 +3,7 @@
 Environment variables, not ``jax.config``: tests that start another process pass them on.
 """
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -35,6 +36,16 @@ install_import_hook(
     ["mbrl", "world_models", "planners"],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Every compiled program maps some memory, and Linux ends a process with more than 65,530 maps."""
+    yield
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
