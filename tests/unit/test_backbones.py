@@ -87,10 +87,10 @@ def test_memory_of_imagination_with_attention():
 @pytest.mark.parametrize("name", world_models.LATENT)
 def test_small_presets_are_comparable(name):
     """With preset s every world model has about as many parameters as RSSM; those with a posterior from the
-    frame alone have four times the latent."""
+    frame alone have a larger latent, Koopman the largest."""
     count = lambda name: sum(x.size for x in jax.tree.leaves(shapes(name)))
     shapes = lambda name: jax.eval_shape(make_agent(name, "s").init, jax.random.key(0)).params
-    assert 0.75 < count(name) / count("rssm") < 1.8
+    assert 0.75 < count(name) / count("rssm") < (2.2 if name == "koopman" else 1.8)
 
 
 @pytest.mark.parametrize(
