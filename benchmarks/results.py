@@ -16,7 +16,7 @@ from mbrl.results import Result, read
 def row(run: Result) -> str:
     """One Markdown row; seconds are those of all seeds together."""
     summary, result = run.summary, run.summary["eval_return"]
-    score = published.score_at(run.task, summary["env_steps"], published.METHODS.get(run.agent, ""))
+    score = published.score_at(run.task, summary["env_steps"], published.method_of(run.record))
     cells = [
         f"`{run.task}`",
         run.config["preset"],

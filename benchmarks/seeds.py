@@ -59,9 +59,8 @@ def measure(preset: str, num_seeds: int, repeats: int, updates: int = UPDATES, *
     before, began = peak_mib(), time.perf_counter()
     step = programs.pretrain.lower(*run.chunk_shapes()[:2]).compile()
     compiling = time.perf_counter() - began
-    found, devices = step.memory_analysis(), len(memory.own_devices(seeds))
-    beside = found.output_size_in_bytes - found.alias_size_in_bytes + found.temp_size_in_bytes
-    planned = (found.argument_size_in_bytes + beside) * devices
+    planned = memory.program_bytes(step, seeds)
+    assert planned is not None, "the compiler does not say what the program takes"
     state = jax.block_until_ready(programs.init(keys))
     filled = 0 * state.replay.inserted + run.clock.capacity  # zeros are as good as any data here
     state = state._replace(replay=state.replay._replace(inserted=filled))
@@ -79,7 +78,7 @@ def measure(preset: str, num_seeds: int, repeats: int, updates: int = UPDATES, *
         "num_seeds": num_seeds,
         "updates": updates,
         **changes,
-        "devices": devices,
+        "devices": len(memory.own_devices(seeds)),
         "milliseconds_per_update": 1e3 * statistics.median(seconds) / updates,
         "compile_seconds": compiling,
         "state_mib": (least.total - least.working) / 2**20,

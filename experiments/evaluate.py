@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
     began = time.perf_counter()
     returns = run.evaluate(config.num_episodes or None)
     seconds = time.perf_counter() - began
-    method = published.METHODS.get(run.config.get("agent", "dreamer"), "")
+    method = published.method_of(run.config)
     unit = "updates" if run.config["config"].get("offline") else "frames"
     score = published.score_at(run.spec.name, run.frames, method) if unit == "frames" else None
     tasks, seeds = multitask.by_task(run.spec, returns), list(run.seeds.seeds)

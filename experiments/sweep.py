@@ -17,7 +17,6 @@ import dataclasses
 import importlib.util
 import itertools
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from rich.table import Table
 from mbrl.config import check_config, early_flags, run_main
 from mbrl.drivers import NO_TASK
 from mbrl.errors import UserError, check_at_least
+from mbrl.experiment import default_folder
 from mbrl.population import can_vary, look_up, with_values
 from mbrl.run_folder import RunFolder, jsonable, portable, write_json
 from mbrl.statistics import bootstrap_interval, iqm
@@ -163,11 +163,12 @@ def check_flags(flags: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    own, _, flags = (list(part) for part in _split(argv))
-    config = tyro.cli(Config, args=own)
+    at = list(argv).index("--") if "--" in argv else len(argv)
+    flags = list(argv[at + 1 :])
+    config = tyro.cli(Config, args=argv[:at])
     check_at_least("num_seeds", config.num_seeds, 1)
     check_flags(flags)
-    folder = Path(config.sweep_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-sweep")
+    folder = Path(config.sweep_dir or default_folder("sweep"))
     # As many seeds as all settings could need: the CPU's virtual devices are counted from it.
     count = config.trials if config.search == "random" else np.prod([1 + v.count(",") for v in config.vary])
     found = experiment(config.script, [*flags, "--num-seeds", str(count * config.num_seeds)])
@@ -196,11 +197,6 @@ def main(argv: Sequence[str]) -> None:
             rows.append({"setting": setting, **result, "run": name, "seeds": list(own)})
         seed += size
         report(rows, folder)
-
-
-def _split(argv: Sequence[str]) -> tuple[Sequence[str], str, Sequence[str]]:
-    at = list(argv).index("--") if "--" in argv else len(argv)
-    return argv[:at], "--", argv[at + 1 :]
 
 
 if __name__ == "__main__":

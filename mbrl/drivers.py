@@ -115,7 +115,21 @@ def stored_source(stored: Mapping[str, Any]) -> Source:
     return make_source(config["task"], config["loop"]["action_repeat"], shown, camera, backend)
 
 
-class OfflineDriver:
+class _Stateless:
+    """A driver whose environments, where it has any, are part of the run's state and cannot fail."""
+
+    def faults(self) -> np.ndarray:
+        """Environment failures so far, per seed where they are counted."""
+        return np.zeros(1, int)
+
+    def get_state(self) -> dict[str, np.ndarray]:
+        return {}
+
+    def set_state(self, extra: dict[str, np.ndarray]) -> None:
+        pass
+
+
+class OfflineDriver(_Stateless):
     """Advances a run that learns from the recorded episodes in its replay."""
 
     stride = 1
@@ -128,17 +142,8 @@ class OfflineDriver:
         none = np.zeros(self.num_seeds)
         return *self.programs.update(state, keys, np.int32(iteration)), Episodes(none, none)
 
-    def faults(self) -> np.ndarray:
-        return np.zeros(1, int)
 
-    def get_state(self) -> dict[str, np.ndarray]:
-        return {}
-
-    def set_state(self, extra: dict[str, np.ndarray]) -> None:
-        pass
-
-
-class DeviceDriver:
+class DeviceDriver(_Stateless):
     """Advances a run whose environments are part of the compiled program."""
 
     def __init__(self, programs: Programs, chunk: int):
@@ -150,16 +155,6 @@ class DeviceDriver:
             return self.programs.chunk(state, keys, np.int32(iteration))
         state, episodes = self.programs.prefill(state, keys, np.int32(iteration))
         return state, None, episodes
-
-    def faults(self) -> np.ndarray:
-        """Environment failures so far, per seed where they are counted."""
-        return np.zeros(1, int)
-
-    def get_state(self) -> dict[str, np.ndarray]:
-        return {}
-
-    def set_state(self, extra: dict[str, np.ndarray]) -> None:
-        pass
 
 
 class HostDriver:
@@ -256,7 +251,7 @@ def make_workers(
 
 
 def _host_seeds(source: Source, seeds: Seeds, num_envs: int, purpose: int) -> list[int]:
-    tasks = max(1, len(source.spec.tasks))
+    tasks = multitask.count(source.spec)
     members = [seeds.seeds[i] for i in seeds.own]
     numbers = [(host_seed(s, purpose, i), i) for s in members for i in range(num_envs)]
     # The remainder of a seed says which of several tasks an environment has.

@@ -241,8 +241,8 @@ def find_data(config: Experiment, length: int) -> tuple[Source, Trajectory | Non
     if config.task == NO_TASK:
         usual = {"obs": "state", "env_backend": "host"}
         for field, value in usual.items():
-            if (found := getattr(config, field)) != value:
-                raise UserError(f"{field} is {found!r}, but --offline without --task has no environment")
+            if (given := getattr(config, field)) != value:
+                raise UserError(f"{field} is {given!r}, but --offline without --task has no environment")
         found = dataset.load_joined(config.offline)
         source = Source(found.spec)
     else:

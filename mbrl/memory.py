@@ -72,12 +72,18 @@ def compiled_plan(run: Run, programs: Programs, least: Plan) -> Plan:
         program, arguments = programs.chunk, run.chunk_shapes()
     else:
         program, arguments = programs.learn, run.learn_shapes()
-    found = program.lower(*arguments).compile().memory_analysis()
+    whole = program_bytes(program.lower(*arguments).compile(), run.seeds)
+    return least if whole is None else least._replace(working=whole - sum(least) + least.working)
+
+
+def program_bytes(compiled: Any, seeds: Seeds) -> int | None:
+    """What a compiled program takes on the devices of this process, its arguments and results included; None
+    where the compiler does not say."""
+    found = compiled.memory_analysis()
     if found is None:
-        return least
+        return None
     beside = found.output_size_in_bytes - found.alias_size_in_bytes + found.temp_size_in_bytes
-    whole = (found.argument_size_in_bytes + beside) * len(own_devices(run.seeds))
-    return least._replace(working=whole - sum(least) + least.working)
+    return (found.argument_size_in_bytes + beside) * len(own_devices(seeds))
 
 
 def own_devices(seeds: Seeds) -> list[Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,11 @@ SETTINGS = {"dreamerv3": "size12m, action repeat 2, train ratio 512", "tdmpc2": 
 METHODS = {"dreamer": "dreamerv3", "tdmpc": "tdmpc2"}
 """Whose published curves an agent is compared with; other agents have none here."""
 FILES = "dreamer_dmc_curves.csv", "tdmpc2_dmc_curves.csv"
+
+
+def method_of(record: Mapping[str, Any]) -> str:
+    """Whose published curves a run is compared with, from what its ``config.json`` holds; "" for nobody's."""
+    return METHODS.get(record.get("agent", "dreamer"), "")
 
 
 class PublishedCurve(NamedTuple):

@@ -103,7 +103,7 @@ def _figures(result: Result) -> str:
     ]
     if low is not None:
         figures.insert(1, (f"{low:.0f} to {high:.0f}", "95 % interval of the IQM"))
-    method = published.METHODS.get(result.agent, "")
+    method = published.method_of(result.record)
     score = None if result.offline else published.score_at(result.task, summary["env_steps"], method)
     if score is not None:
         figures.insert(1, (score.text(), "published at these frames"))
@@ -120,7 +120,7 @@ def _curve(result: Result) -> str:
     points = [list(zip(result.frames, result.returns[:, i])) for i in range(len(result.seeds))]
     frames, centre, low, high = aggregate(points)
     series, note = [], ""
-    method = published.METHODS.get(result.agent, "")
+    method = published.method_of(result.record)
     if not result.offline and (curve := published.curve(result.task, method)) is not None:
         until = max(1.5 * result.frames[-1], curve.frames[0])
         shown = slice(int(np.searchsorted(curve.frames, until)) + 1)  # one beyond: a lone point is no line

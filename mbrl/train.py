@@ -391,7 +391,7 @@ def finish(folder: RunFolder, summary: dict[str, Any], task: str, title: str, un
     ]
     rows = [row for row in read_metrics(folder) if row.get("episode_return") is not None]
     training = [[(r["step"], r["episode_return"]) for r in rows if r["seed"] == seed] for seed in seeds]
-    method = published.METHODS.get(RunFolder.config_of(folder.path).get("agent", "dreamer"), "")
+    method = published.method_of(folder.config)
     curve = published.curve(task, method) if comparable else None
     plots.save_curve(folder.curve, evaluations, training, curve, title, unit)
     score = published.score_at(task, summary["env_steps"], method) if comparable else None

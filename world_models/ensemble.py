@@ -75,7 +75,7 @@ def make(config: EnsembleConfig, spec: EnvSpec) -> WorldModel:
     """
     check(config)
     c = config
-    discount = c.discount or episode_discount(spec.max_steps)
+    discount = episode_discount(spec.max_steps, c.discount)
     if images := split_obs(spec.obs)[0]:
         raise UserError(f"the ensemble predicts vectors and no images, {spec.name} has {', '.join(images)}")
     size, action_size = sum(s.size * (s.classes or 1) for s in spec.obs.values()), spec.action.size

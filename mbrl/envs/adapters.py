@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from mbrl.errors import UserError
 from mbrl.types import PyTree, TimeStep
 
 
@@ -28,3 +32,14 @@ def typed(state: PyTree, like: PyTree) -> PyTree:
 def in_range(action: jax.Array, low: Any, high: Any) -> jax.Array:
     """An action in [-1, 1], clipped, as one in [low, high]."""
     return low + (high - low) * (jnp.clip(action, -1.0, 1.0) + 1) / 2
+
+
+def optional(module: str, task: str, extra: str) -> Any:
+    """A module of a library that only ``task`` needs; UserError with the extra that brings it."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # MJX prints that Warp is missing, which is not used
+            return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"--task {task} needs {extra}, which is not installed ({error}): pip install 'mbrl-jax[{extra}]'"
+        ) from None

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import io
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from mbrl.envs.adapters import contain, typed
-from mbrl.errors import UserError
+from mbrl.envs.adapters import contain, optional, typed
 from mbrl.types import Array, ArraySpec, EnvSpec, JaxEnv, TimeStep
 
 BACKENDS = ("generalized", "mjx", "positional", "spring")
@@ -34,7 +30,7 @@ def make(name: str) -> JaxEnv:
     Raises ValueError for other tasks and physics, UserError without brax.
     """
     task, _, backend = name.partition(":")
-    library = _import("brax.envs", f"brax:{name}", "brax")
+    library = optional("brax.envs", f"brax:{name}", "brax")
     offered = [known for known in library._envs if known not in NOT_OFFERED]
     if task not in offered:
         raise ValueError(f"brax has no task {task!r} for us, it must be one of: {', '.join(offered)}")
@@ -55,7 +51,7 @@ def make_playground(name: str) -> JaxEnv:
     MJX's implementation in JAX, where Playground itself would take Warp. Raises ValueError for other tasks,
     UserError without playground.
     """
-    library = _import("mujoco_playground", f"playground:{name}", "playground").dm_control_suite
+    library = optional("mujoco_playground", f"playground:{name}", "playground").dm_control_suite
     if name not in library.ALL_ENVS:
         raise ValueError(f"playground has no task {name!r}, it must be one of: {', '.join(library.ALL_ENVS)}")
     length = library.get_default_config(name).episode_length
@@ -88,13 +84,3 @@ def adapt(env: Any, name: str, length: int) -> JaxEnv:
         return State(inner, count), contain(after)
 
     return JaxEnv(spec, reset, step, costly_reset=True)
-
-
-def _import(module: str, task: str, extra: str) -> Any:
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # MJX prints that Warp is missing, which is not used
-            return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(
-            f"--task {task} needs {extra}, which is not installed ({error}): pip install 'mbrl-jax[{extra}]'"
-        ) from None

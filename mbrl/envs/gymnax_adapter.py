@@ -7,8 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mbrl.envs.adapters import contain, in_range, typed
-from mbrl.errors import UserError
+from mbrl.envs.adapters import contain, in_range, optional, typed
 from mbrl.types import Array, ArraySpec, EnvSpec, JaxEnv, TimeStep
 
 NOT_OFFERED = ("MNISTBandit-bsuite",)
@@ -21,7 +20,7 @@ def make(name: str) -> JaxEnv:
     state: the observation with its shape, float32, or int32 where it is a category. Actions one-hot, or in
     [-1, 1] for the task's own range. Raises ValueError for other names, UserError without gymnax.
     """
-    library = _library(f"gymnax:{name}")
+    library = optional("gymnax", f"gymnax:{name}", "gymnax")
     offered = [task for task in library.registered_envs if task not in NOT_OFFERED]
     if name not in offered:
         raise ValueError(f"gymnax has no task {name!r} for us, it must be one of: {', '.join(offered)}")
@@ -45,7 +44,7 @@ def memory_chain(length: int = 20) -> JaxEnv:
     """
     if length < 1:
         raise ValueError(f"length must be at least 1, found {length}.")
-    env, params = _library("memory_chain").make("MemoryChain-bsuite")
+    env, params = optional("gymnax", "memory_chain", "gymnax").make("MemoryChain-bsuite")
     params = params.replace(memory_length=length, max_steps_in_episode=length + 2)
     spec = EnvSpec("memory_chain", {"state": ArraySpec((3,))}, ArraySpec((2,), classes=2), 1, length + 1)
     return adapt(env, params, spec)
@@ -73,13 +72,3 @@ def adapt(env: Any, params: Any, spec: EnvSpec) -> JaxEnv:
         return typed(state, like), timestep(obs, reward, ends, env.is_truncated(state, params))
 
     return JaxEnv(spec, reset, step)
-
-
-def _library(task: str) -> Any:
-    try:
-        import gymnax  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise UserError(
-            f"--task {task} needs gymnax, which is not installed ({error}): pip install 'mbrl-jax[gymnax]'"
-        ) from None
-    return gymnax
