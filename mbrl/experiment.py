@@ -312,7 +312,7 @@ def launch(
         if seen and jax.process_count() == 1:
             try:
                 last = load(folder.path)
-                open_loop.write(last, last.frames)
+                open_loop.write(last, last.play(1)[1])
             except (UserError, OSError) as error:  # the results come all the same
                 print(f"no film of what the world model expects: {error}")
         if leads():
