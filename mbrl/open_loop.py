@@ -36,20 +36,23 @@ STRIP = 10
 NAME = "open_loop"
 
 
-def measure(run: Finished, played: Trajectory, seed: int | None = None) -> dict[str, np.ndarray]:
+def measure(
+    run: Finished, played: Trajectory | None = None, seed: int | None = None
+) -> dict[str, np.ndarray]:
     """Predicts an episode of a seed open-loop from points all along it.
 
-    played: [S, T, E], as `Finished.play` returns it; the first episode of the seed is taken. Returns {name:
-    uint8 [T, R, N, h, w, 3]}: T frames, of which the first `CONTEXT` were seen; rows: truth, model and, of
-    pictures that the agent sees, error, in which grey is none; N points. Of stacked frames the newest is
-    shown. Where the agent sees none, MuJoCo draws where dm_control's bodies were and where the model expects
-    them. Raises UserError with the reason where there is nothing to see.
+    played: [S, T, E], as `Finished.play` returns it, or None to play now; the first episode of the seed is
+    taken. Returns {name: uint8 [T, R, N, h, w, 3]}: T frames, of which the first `CONTEXT` were seen; rows:
+    truth, model and, of pictures that the agent sees, error, in which grey is none; N points. Of stacked
+    frames the newest is shown. Where the agent sees none, MuJoCo draws where dm_control's bodies were and
+    where the model expects them. Raises UserError with the reason where there is nothing to see.
     """
     images = [key for key, entry in run.spec.obs.items() if is_image(entry)]
     params = run.learned(seed).params["model"]
     if run.model.decode(params, _any_features(run, params)) is None:
         raise UserError("this world model does not predict observations")
     stage = None if images else _stage(run.spec.name)
+    played = run.play(1)[1] if played is None else played
     index = run.seeds.seeds.index(run.seeds.seeds[0] if seed is None else seed)
     episode = jax.tree.map(lambda x: jnp.asarray(x[index, :, :1]), played)
     length = int(np.asarray(episode.is_last[:, 0]).argmax()) or episode.reward.shape[0] - 1
@@ -151,7 +154,7 @@ def encode(frames: np.ndarray, kind: str, per_second: int = 15) -> bytes:
     return buffer.getvalue()
 
 
-def write(run: Finished, played: Trajectory) -> list[Path]:
+def write(run: Finished, played: Trajectory | None = None) -> list[Path]:
     """Films of the first seed as ``videos/open_loop_NAME.gif``, strips of them as PNG, both also for
     TensorBoard. Returns the paths. played, errors: as in `measure`."""
     videos, written, pictures = run.run_dir / "videos", [], {}
