@@ -311,8 +311,7 @@ def launch(
         seen = run.source.playable and any(map(is_image, run.source.spec.obs.values()))
         if seen and jax.process_count() == 1:
             try:
-                last = load(folder.path)
-                open_loop.write(last, last.frames)
+                open_loop.write(load(folder.path))
             except (UserError, OSError) as error:  # the results come all the same
                 print(f"no film of what the world model expects: {error}")
         if leads():

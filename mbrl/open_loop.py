@@ -1,4 +1,4 @@
-"""Films of what a world model expects to see: truth, model and error, from pictures it saw to imagined ones.
+"""Films of what a world model expects: truth and model, from what it saw to what it imagines.
 
 The model sees a few frames of a real episode, then only the actions that were taken (as arXiv 1912.01603,
 figure 4, shows it).
@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mbrl.envs import dmc
+from mbrl.errors import UserError
 from mbrl.finished import Finished, expect
 from mbrl.images import is_image
 from mbrl.run_folder import write_atomic
@@ -25,43 +27,83 @@ HORIZON = 45
 """Frames that it predicts after them."""
 COLUMNS = 6
 """Points of an episode that are predicted from, side by side."""
+BODIES = 3
+"""The same where bodies are drawn."""
+SIDE = 160
+"""Of a picture of bodies, in pixels."""
 STRIP = 10
 """Moments that a strip shows, of the first of them."""
 NAME = "open_loop"
 
 
-def measure(run: Finished, seed: int | None = None) -> dict[str, np.ndarray]:
-    """Plays an episode of a seed and predicts it open-loop from points all along it.
+def measure(
+    run: Finished, played: Trajectory | None = None, seed: int | None = None
+) -> dict[str, np.ndarray]:
+    """Predicts an episode of a seed open-loop from points all along it.
 
-    Returns {image key: uint8 [T, 3, N, h, w, 3]}: T frames, of which the first `CONTEXT` were seen; truth,
-    model and error, in which grey is none; N points. Of stacked frames the newest is shown. Empty for a model
-    that does not decode, an environment without images and episodes too short to show anything.
+    played: [S, T, E], as `Finished.play` returns it, or None to play now; the first episode of the seed is
+    taken. Returns {name: uint8 [T, R, N, h, w, 3]}: T frames, of which the first `CONTEXT` were seen; rows:
+    truth, model and, of pictures that the agent sees, error, in which grey is none; N points. Of stacked
+    frames the newest is shown. Where the agent sees none, MuJoCo draws where dm_control's bodies were and
+    where the model expects them. Raises UserError with the reason where there is nothing to see.
     """
     images = [key for key, entry in run.spec.obs.items() if is_image(entry)]
     params = run.learned(seed).params["model"]
-    if not images or run.model.decode(params, _any_features(run, params)) is None:
-        return {}
-    _, played = run.play(1)
+    if run.model.decode(params, _any_features(run, params)) is None:
+        raise UserError("this world model does not predict observations")
+    stage = None if images else _stage(run.spec.name)
+    played = run.play(1)[1] if played is None else played
     index = run.seeds.seeds.index(run.seeds.seeds[0] if seed is None else seed)
-    episode = jax.tree.map(lambda x: jnp.asarray(x[index]), played)
+    episode = jax.tree.map(lambda x: jnp.asarray(x[index, :, :1]), played)
     length = int(np.asarray(episode.is_last[:, 0]).argmax()) or episode.reward.shape[0] - 1
     context, horizon = min(CONTEXT, length // 2), min(HORIZON, length - length // 2)
     if context < 1:
-        return {}
+        raise UserError("the episode is too short")
     episode = jax.tree.map(lambda x: x[: length + 1], episode)
     last = length - horizon  # the latest point with so much ahead
-    points = np.linspace(min(context - 1, last), last, COLUMNS).astype(int)
+    points = np.linspace(min(context - 1, last), last, COLUMNS if images else BODIES).astype(int)
     drawn = jax.jit(_draw, static_argnums=(0, 3))(
         run.model, params, episode, (tuple(points), context, horizon)
     )
+    moments = np.maximum(points + np.arange(1 - context, horizon + 1)[:, None], 0)
+    pairs = {key: (np.asarray(episode.obs[key][:, 0])[moments], np.asarray(x)) for key, x in drawn.items()}
+    if stage is not None:
+        return {"bodies": _pictures(stage, pairs)}
     films = {}
     for key in images:
-        shown = np.clip(np.asarray(drawn[key], np.float32), 0, 255)
-        moments = points + np.arange(1 - context, horizon + 1)[:, None]
-        truth = np.asarray(episode.obs[key][:, 0], np.float32)[np.maximum(moments, 0)]
+        truth, shown = pairs[key][0].astype(np.float32), np.clip(pairs[key][1], 0, 255, dtype=np.float32)
         error = np.clip((shown - truth) / 2 + 127.5, 0, 255)
         films[key] = _newest(np.round(np.stack([truth, shown, error], 1)).astype(np.uint8))
     return films
+
+
+def _stage(task: str) -> Any:
+    """An environment in which the bodies of a task can be posed and drawn; UserError where they cannot."""
+    if dmc.canonical(task) is None:
+        raise UserError(f"{task} is none of dm_control's tasks")
+    stage = dmc.make(task, 0)
+    if not stage.can_pose:
+        raise UserError(f"positions cannot be recovered from observations of {task}")
+    stage.reset()
+    try:
+        stage.render(SIDE, SIDE)
+    except RuntimeError as error:
+        raise UserError(str(error)) from error
+    return stage
+
+
+def _pictures(stage: Any, pairs: dict[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """[T, 2, N, h, w, 3]: where the bodies were, and where they were expected. stage: what `_stage` returned.
+    pairs: {key: [T, N, *shape] of either}."""
+
+    def picture(row: int, t: int, n: int) -> np.ndarray:
+        stage.pose({key: pair[row][t, n] for key, pair in pairs.items()})
+        return stage.render(SIDE, SIDE)
+
+    steps, points = next(iter(pairs.values()))[0].shape[:2]
+    film = [[[picture(row, t, n) for n in range(points)] for row in range(2)] for t in range(steps)]
+    stage.close()
+    return np.array(film)
 
 
 def _any_features(run: Finished, params: Any) -> jax.Array:
@@ -69,7 +111,7 @@ def _any_features(run: Finished, params: Any) -> jax.Array:
 
 
 def _draw(model, params, episode: Trajectory, where) -> dict[str, jax.Array]:
-    """{key: [T, N, h, w, c]} in bytes: reconstructions of the context, then the open-loop prediction."""
+    """{key: [T, N, *shape]}: reconstructions of the context, then the open-loop prediction."""
     points, context, horizon = np.array(where[0]), where[1], where[2]
     observe_key, key = jax.random.split(jax.random.key(0))
     keys = jax.random.split(observe_key, episode.reward.shape[0])
@@ -79,7 +121,7 @@ def _draw(model, params, episode: Trajectory, where) -> dict[str, jax.Array]:
     expected = expect(model, params, seen.starts._replace(states=states), actions, key)
     before = np.maximum(points + np.arange(1 - context, 1)[:, None], 0)
     decoded = model.decode(params, seen.features[before, 0])
-    predicted = {k: expected.obs[k][:, :, 0] for k in expected.obs if episode.obs[k].dtype == jnp.uint8}
+    predicted = {k: x[:, :, 0] for k, x in expected.obs.items()}
     return {k: jnp.concatenate([decoded[k].mode(), x]) for k, x in predicted.items()}
 
 
@@ -89,13 +131,13 @@ def _newest(film: np.ndarray) -> np.ndarray:
 
 
 def grid(film: np.ndarray) -> np.ndarray:
-    """[T, 3, N, h, w, 3] -> frames [T, 3 h, N w, 3]."""
+    """[T, R, N, h, w, 3] -> frames [T, R h, N w, 3]."""
     t, rows, n, h, w, c = film.shape
     return film.transpose(0, 1, 3, 2, 4, 5).reshape(t, rows * h, n * w, c)
 
 
 def strip(film: np.ndarray) -> np.ndarray:
-    """[T, 3, N, h, w, 3] -> one picture [3 h, K w, 3] of the first point at K moments, evenly spread."""
+    """[T, R, N, h, w, 3] -> one picture [R h, K w, 3] of the first point at K moments, evenly spread."""
     moments = np.unique(np.linspace(0, len(film) - 1, STRIP).astype(int))
     return grid(film[moments, :, :1].transpose(2, 1, 0, 3, 4, 5))[0]
 
@@ -112,11 +154,11 @@ def encode(frames: np.ndarray, kind: str, per_second: int = 15) -> bytes:
     return buffer.getvalue()
 
 
-def write(run: Finished, frames: int) -> list[Path]:
-    """Films of the first seed as ``videos/open_loop_KEY.gif``, strips of them as PNG, both also for
-    TensorBoard at step ``frames``. Returns the paths, none where there is nothing to see."""
+def write(run: Finished, played: Trajectory | None = None) -> list[Path]:
+    """Films of the first seed as ``videos/open_loop_NAME.gif``, strips of them as PNG, both also for
+    TensorBoard. Returns the paths. played, errors: as in `measure`."""
     videos, written, pictures = run.run_dir / "videos", [], {}
-    for key, film in measure(run).items():
+    for key, film in measure(run, played).items():
         videos.mkdir(exist_ok=True)
         for kind, shown in (("GIF", grid(film)), ("PNG", strip(film)[None])):
             path, data = videos / f"{NAME}_{key}.{kind.lower()}", encode(shown, kind)
@@ -124,7 +166,7 @@ def write(run: Finished, frames: int) -> list[Path]:
             written.append(path)
             pictures[path.name] = data, shown.shape
     if pictures:
-        _to_tensorboard(run.run_dir / "tensorboard" / f"seed_{run.seeds.seeds[0]}", pictures, frames)
+        _to_tensorboard(run.run_dir / "tensorboard" / f"seed_{run.seeds.seeds[0]}", pictures, run.frames)
     return written
 
 

@@ -19,8 +19,9 @@ STARTS = 50
 MOST_DIMENSIONS = 6  # of the example that a report draws
 
 
-def measure(run: Finished) -> dict[str, Any]:
-    """Plays an episode per seed and compares the model's predictions with it.
+def measure(run: Finished, played: Trajectory) -> dict[str, Any]:
+    """Compares the model's predictions with an episode of each seed, the first of ``played`` [S, T, E], which
+    `Finished.play` returned.
 
     From points all along the episode the model is given the actions that were really taken and sees nothing
     more. Errors are root mean squares over points and dimensions, each dimension divided by its standard
@@ -32,7 +33,7 @@ def measure(run: Finished) -> dict[str, Any]:
     most happens: {"truth": {name: [H, D]}, "predicted": ...}. Empty when episodes are too short to predict
     anything, or when nothing changes.
     """
-    _, played = run.play(1)
+    played = jax.tree.map(lambda x: x[:, :, :1], played)
     length = int(played.is_last[:, :, 0].argmax(1).min()) or played.reward.shape[1] - 1
     horizon = min(HORIZON, length // 2)
     if horizon < 1:

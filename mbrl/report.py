@@ -18,6 +18,7 @@ import numpy as np
 from mbrl import charts, published
 from mbrl.charts import Series, card, group, line_chart, table
 from mbrl.config import flatten
+from mbrl.errors import UserError
 from mbrl.logger import format_seconds
 from mbrl.plots import aggregate
 from mbrl.results import Result, read
@@ -48,9 +49,13 @@ def write(run_dir: str | os.PathLike, predict: bool = False) -> Path:
         from mbrl import finished, open_loop, prediction  # here: a report without it needs no JAX
 
         run = finished.load(run_dir)
-        measured = prediction.measure(run)
-        write_json(result.path / PREDICTION, measured | {"frames": run.frames})
-        open_loop.write(run, run.frames)
+        _, played = run.play(1)
+        measured = prediction.measure(run, played) | {"frames": run.frames}
+        try:
+            open_loop.write(run, played)
+        except UserError as reason:
+            measured["no_film"] = str(reason)
+        write_json(result.path / PREDICTION, measured)
     path = result.path / "report.html"
     write_atomic(path, html(result, _stored_prediction(result.path)).encode())
     return path
@@ -73,7 +78,7 @@ def html(result: Result, predicted: dict[str, Any] | None = None) -> str:
         _figures(result),
         group("Return", [_curve(result), _distribution(result)]),
         _prediction(result, predicted),
-        _films(result),
+        _films(result, predicted),
         group("Losses", list(_lines(result, [n for n in result.metrics() if n.endswith("loss")]))),
         group("Latent state", list(_latent(result)), LATENT_NOTE),
         group("Behaviour and health", list(_lines(result, _others(result)))),
@@ -243,8 +248,8 @@ def _prediction(result: Result, predicted: dict[str, Any] | None) -> str:
     return group("World model", cards, note)
 
 
-def _films(result: Result) -> str:
-    """Open-loop films of what the model sees, as `mbrl.open_loop` left them, inside the page."""
+def _films(result: Result, predicted: dict[str, Any] | None) -> str:
+    """Open-loop films of what the model expects, as `mbrl.open_loop` left them, inside the page."""
     cards = []
     for path in sorted((result.path / "videos").glob("open_loop_*.gif")):
         data = base64.b64encode(path.read_bytes()).decode()
@@ -252,10 +257,13 @@ def _films(result: Result) -> str:
         picture = f'<img src="data:image/gif;base64,{data}" alt="{escape(name)}" style="max-width:100%">'
         cards.append(card(f"Film of {name}", picture, wide=True))
     note = (
-        "Rows: what happened, what the model expected, their difference (grey is none). A column begins with "
-        "frames that the model saw; from then on it knew the actions alone."
+        "Rows: what happened, what the model expected and, of pictures that the agent sees, their difference "
+        "(grey is none). A column begins with frames that the model saw; from then on it knew the actions "
+        "alone."
     )
-    return group("Open-loop prediction", cards, note) if cards else ""
+    if not cards and predicted and "no_film" in predicted:
+        return f"<p class=note>No picture: {escape(predicted['no_film'])}.</p>"
+    return group("Open-loop prediction", cards, note)
 
 
 def _example(name: str, truth: np.ndarray, guess: np.ndarray) -> str:

@@ -16,11 +16,13 @@ import math
 import os
 import sys
 import zlib
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from mbrl.envs import poses
 from mbrl.types import ArraySpec, EnvSpec, TimeStep
 
 _OFF = ("off", "disable", "disabled", "false", "0")
@@ -129,6 +131,7 @@ class DMC:
         self._substeps = env._n_sub_steps
         self._count = 0
         self._over = True
+        self._pose = poses.DOMAINS.get(domain)
         self._camera = _CAMERAS.get(domain, 0)
         self._render_quality = render_quality
 
@@ -295,6 +298,25 @@ class DMC:
             raise RuntimeError(_no_gl(f"the backend {backend!r} failed ({_one_line(error)})")) from error
         finally:
             self._physics.may_create_gl = False
+
+    @property
+    def can_pose(self) -> bool:
+        """Whether an observation says where the bodies are, so that `pose` can put them there."""
+        return self._pose is not None
+
+    def pose(self, obs: Mapping[str, np.ndarray]) -> None:
+        """Move the bodies, and the target of the task, to where ``obs`` {key: [*shape]} says, at rest.
+
+        To draw what was seen, or predicted: an episode that went on is over. Only where `can_pose`.
+        """
+        assert self._pose is not None
+        physics, self._over = self._physics, True
+        qpos, target = self._pose({key: np.asarray(x, np.float64) for key, x in obs.items()})
+        with physics.reset_context():
+            physics.data.qpos[:] = qpos
+            if target is not None:
+                array, axes, place = target
+                getattr(physics.named.model, array)["target", list(axes)] = place
 
     def _free_gl(self) -> None:
         if self._physics._contexts:

@@ -1,5 +1,5 @@
-"""The whole loop on the device: environment, replay and updates as one program that calls nothing back, for every
-agent and world model, an environment with costly resets included."""
+"""The whole loop on the device: environment, replay, updates and evaluation as programs that ask the host for
+nothing, for every agent and world model, an environment with costly resets included."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from mbrl import envs
+from mbrl import envs, evaluation
 from mbrl.drivers import Source
 from tests.conformance.test_world_models import tiny
 from tests.helpers import on_one_device, tiny_run, tiny_tdmpc_run
@@ -49,3 +49,28 @@ def test_no_callbacks_and_no_branches_per_seed(name):
     alone, batched = traced(name, 1), traced(name, 2)
     assert "callback" not in alone
     assert alone.count(" cond[") == batched.count(" cond[") == 1
+
+
+@pytest.mark.parametrize("name", all_but("rssm"))
+def test_nothing_is_transferred(name):
+    """Prefill, a chunk with updates and an evaluation, once they are compiled: JAX refuses every transfer that is
+    not asked for in so many words. One is, the clock. Buffers of the state are handed over."""
+    run = make_run(name, 2)
+    programs, keys = run.programs(), run.seeds.keys()
+    evaluate = evaluation.make_device(run.agent, ENV, run.seeds, 2)
+
+    def once(state):
+        clock = lambda i: jax.device_put(np.int32(i))
+        for i in range(run.clock.prefill):
+            state, _ = programs.prefill(state, keys, clock(i))
+        before = jax.tree.leaves(state)
+        state, metrics, episodes = programs.chunk(state, keys, clock(run.clock.prefill))
+        assert all(leaf.is_deleted() for leaf in before)
+        return state, metrics, episodes, evaluate(state.train, keys)
+
+    state, *_ = once(programs.init(keys))
+    with jax.transfer_guard("disallow"):
+        state, metrics, episodes, returns = once(state)
+    assert np.asarray(state.health.rejected).tolist() == [0, 0]
+    assert returns.shape == (2, 2) and np.isfinite(returns).all() and episodes.count.shape == (2,)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(metrics))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mbrl import envs
-from mbrl.envs import dmc
+from mbrl.envs import dmc, poses
 
 
 def raw(task: str, seed: int):
@@ -176,6 +176,40 @@ def test_unknown_task_is_one_sentence_with_close_matches(task, close):
     message = str(caught.value)
     assert repr(task) in message and repr(close) in message and "envs.names()" in message
     assert "\n" not in message
+
+
+SEEN = ("position", "orientations", "orientation", "height", "to_target", "target_position", "dist_to_target")
+"""Observations that say where something is."""
+
+
+@pytest.mark.parametrize(
+    "task", [task for task in dmc.task_names() if dmc._table()[task][0] in poses.DOMAINS]
+)
+def test_poses_are_those_that_were_seen(task):
+    """An observation, put into another environment, is observed again; and there the joints are as they were,
+    but for how far the body has come and whole turns."""
+    env, stage = dmc.make(task, 3), dmc.make(task, 77)
+    for _ in range(3):
+        env.reset(), stage.reset()
+        for control in actions(env, 15):
+            obs = env.step(control).obs
+        stage.pose(obs)
+        again = stage._observe()
+        shown = [key for key in obs if key in SEEN]
+        assert shown
+        for key in shown:
+            np.testing.assert_allclose(again[key], obs[key], atol=2e-5)
+        names = env._physics.named.data.qpos.axes.row.names
+        seen = [i for i, name in enumerate(names) if name != "rootx"]
+        half = (env._physics.data.qpos - stage._physics.data.qpos)[seen] / 2
+        np.testing.assert_allclose(np.sin(half), 0, atol=2e-5)
+    with pytest.raises(RuntimeError, match="call reset first"):
+        stage.step(actions(env, 1)[0])
+
+
+def test_what_is_not_seen_is_not_posed():
+    for task in ("swimmer_swimmer6", "humanoid_run", "fish_swim"):
+        assert not dmc.make(task, 0).can_pose
 
 
 @pytest.mark.parametrize("wrong", [{"seed": -1}, {"action_repeat": 0}, {"render_quality": "best"}])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import mbrl
-from mbrl import checkpoints, envs, finished, prediction
+from mbrl import checkpoints, envs, finished, open_loop, prediction
 from mbrl.drivers import Source
 from mbrl.errors import UserError
 from mbrl.programs import RunState
@@ -190,9 +190,9 @@ def test_tdmpc_starts_without_its_optimisers(tmp_path):
         finished.learned_by(tmp_path, fresh._replace(params={"other": fresh.scale}), 1)
 
 
-def test_measured_prediction(run):
+def test_measured_prediction(run, played):
     """Numbers for every entry and seed, worse for a horizon than for a step; kept through JSON."""
-    found = prediction.measure(run)
+    found = prediction.measure(run, played[1])
     horizon = found["horizon"]
     assert horizon == prediction.HORIZON and {"orientation", "velocity"} <= set(found["error"])
     for error in found["error"].values():
@@ -200,6 +200,32 @@ def test_measured_prediction(run):
     assert np.isfinite(found["error"]["velocity"]).all()
     assert found["unchanged"]["velocity"][:, 0].max() < found["unchanged"]["velocity"].max()
     assert found["example"]["truth"]["orientation"].shape == (horizon, 2)
+
+
+class Stage:
+    """Draws an observation as one number, so that a film says what was drawn."""
+
+    def pose(self, obs):
+        assert set(obs) == {"orientation", "velocity"}
+        self.brightness = np.uint8(100 + 50 * np.clip(obs["orientation"][0], -1, 1))
+
+    def render(self, height, width):
+        return np.full((2, 2, 3), self.brightness)
+
+    def close(self):
+        pass
+
+
+def test_film_of_bodies(run, played, monkeypatch):
+    """Above what happened around each point, below what the model expects, which is something else."""
+    monkeypatch.setattr(open_loop, "_stage", lambda task: Stage())
+    film = open_loop.measure(run, played[1], seed=6)["bodies"]
+    assert film.shape == (open_loop.CONTEXT + open_loop.HORIZON, 2, open_loop.BODIES, 2, 2, 3)
+    cosine = played[1].obs["orientation"][1, :, 0, 0]
+    for n, point in enumerate((4, 229, 455)):
+        around = cosine[point - 4 : point + 46]
+        np.testing.assert_array_equal(film[:, 0, n, 0, 0, 0], (100 + 50 * around).astype(np.uint8))
+    assert (film[:, 1] != film[:, 0]).any()
 
 
 def test_command(run_dir, tmp_path, capsys):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from mbrl import open_loop
+from mbrl.errors import UserError
 
 T, N, H, W = 50, 2, 3, 4
 
@@ -44,6 +46,14 @@ def test_encoding():
     with Image.open(io.BytesIO(open_loop.encode(frames[7:8], "PNG"))) as png:
         scale = png.size[1] // (3 * H)
         np.testing.assert_array_equal(np.asarray(png)[::scale, ::scale], frames[7])
+
+
+@pytest.mark.parametrize(
+    ("task", "words"), [("pendulum", "none of dm_control's"), ("humanoid_run", "cannot be recovered")]
+)
+def test_what_cannot_be_drawn(task, words):
+    with pytest.raises(UserError, match=f"{words}.*{task}" if "cannot" in words else f"{task}.*{words}"):
+        open_loop._stage(task)
 
 
 def test_newest_of_stacked_frames():

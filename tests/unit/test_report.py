@@ -186,6 +186,9 @@ def test_stored_predictions_are_shown(tmp_path):
     write_json(folder / report.PREDICTION, measured | {"frames": 30_000})
     shown = " ".join(check(report.write(folder).read_text()).text)
     assert "Error of position" in shown and "Example: position" in shown and "30,000" in shown
+    assert "No picture" not in shown
+    write_json(folder / report.PREDICTION, measured | {"frames": 30_000, "no_film": "there is no library"})
+    assert "No picture: there is no library." in " ".join(check(report.write(folder).read_text()).text)
     write_json(folder / report.PREDICTION, {"frames": 30_000})  # nothing could be predicted
     assert "World model" not in " ".join(check(report.write(folder).read_text()).text)
 
