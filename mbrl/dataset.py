@@ -22,6 +22,7 @@ import numpy as np
 from mbrl import checkpoints, hdf5
 from mbrl.drivers import stored_source
 from mbrl.errors import UserError
+from mbrl.multitask import TASK, pad_episode
 from mbrl.run_folder import RunFolder, write_atomic, write_json
 from mbrl.types import EnvSpec, Trajectory
 
@@ -139,14 +140,36 @@ def load(path: str | os.PathLike) -> Dataset:
 def load_joined(paths: str, task_spec: EnvSpec | None = None) -> Dataset:
     """The episodes of several datasets, whose paths are separated by commas, as one.
 
-    task_spec: of the environment that they are used with. Raises UserError where they do not fit together.
+    task_spec: of the environment that they are used with; of several tasks, each may have datasets of its
+    own. Raises UserError where they do not fit together, and where a task has none.
     """
     named = [(path.strip(), load(path.strip())) for path in paths.split(",")]
     spec = named[0][1].spec if task_spec is None else task_spec
-    for path, found in named:
+    fitting = [as_task(path, found, spec) for path, found in named]
+    episodes = [episode for found in fitting for episode in found.episodes]
+    if spec.tasks:
+        learned = {int(number) for episode in episodes for number in np.unique(episode.obs[TASK])}
+        for number, task in enumerate(spec.tasks):
+            if number not in learned:
+                raise UserError(f"--offline has no episodes of {task.name}: name a dataset of it too")
+    return Dataset(spec, episodes, "; ".join(found.source for found in fitting))
+
+
+def as_task(path: str, found: Dataset, spec: EnvSpec) -> Dataset:
+    """The dataset as one of ``spec``: where that is several tasks, episodes of the one that it names are
+    padded. Raises UserError where it does not fit."""
+    if not spec.tasks or found.spec.tasks:
         check_fits(path, found.spec, spec)
-    episodes = [episode for _, found in named for episode in found.episodes]
-    return Dataset(spec, episodes, "; ".join(found.source for _, found in named))
+        return found
+    names = [task.name for task in spec.tasks]
+    if found.spec.name not in names:
+        raise UserError(
+            f"{path} has episodes of {found.spec.name}, which is none of the tasks: {', '.join(names)}"
+        )
+    number = names.index(found.spec.name)
+    check_fits(path, found.spec, spec.tasks[number])
+    episodes = [pad_episode(episode, number, spec) for episode in found.episodes]
+    return Dataset(spec, episodes, found.source)
 
 
 def check_fits(path: str, found: EnvSpec, wanted: EnvSpec) -> None:

@@ -55,17 +55,18 @@ def make_source(
     shown: Shown = "state",
     camera: CameraConfig = CAMERA,
     backend: str = "host",
+    padding: Sequence[int] = (),
 ) -> Source:
     """The environment of the task, on the device or on the host. shown: the state, what the camera sees, or
     both. backend: of dm_control's tasks, host or mjx (on the device); others have no choice. task: one,
-    several separated by commas, or one of ``TASK_SETS``. UserError for unknown names, for tasks that do not
-    fit together, and where nothing can be rendered."""
+    several separated by commas, or one of ``TASK_SETS``. padding: widths (observation, action) to which an
+    agent of several tasks pads even a single one. UserError for unknown names, for tasks that do not fit
+    together, and where nothing can be rendered."""
     check_at_least("loop.action_repeat", action_repeat, 1)
     task = TASK_SETS.get(task, task)
-    if "," in task:
-        return _several(
-            [make_source(t.strip(), action_repeat, shown, camera, backend) for t in task.split(",")], task
-        )
+    if "," in task or padding:
+        each = [make_source(t.strip(), action_repeat, shown, camera, backend) for t in task.split(",")]
+        return _several(each, task, *padding)
     if task == NO_TASK:
         raise UserError("--task none needs --offline DATA: without an environment nothing can be collected")
     choose("env_backend", backend, ["host", "mjx"])
@@ -92,11 +93,12 @@ def make_source(
     return Source(env.spec, make_host=make_host)
 
 
-def _several(sources: Sequence[Source], name: str) -> Source:
+def _several(sources: Sequence[Source], name: str, *padding: int) -> Source:
     """Environments of several tasks, of which number i has task i modulo their count."""
     if any(source.env is not None for source in sources):
         raise UserError(f"--task {name}: several tasks must all be environments on the host")
-    spec = multitask.join(name, [source.spec for source in sources])
+    name = name if len(sources) > 1 else sources[0].spec.name
+    spec = multitask.join(name, [source.spec for source in sources], *padding)
     return Source(spec, make_host=partial(_make_padded, [s.make_host for s in sources], spec))
 
 
@@ -112,7 +114,8 @@ def stored_source(stored: Mapping[str, Any]) -> Source:
         return Source(EnvSpec.of_json(stored["spec"]))
     camera = override(CAMERA, config.get("camera", {}))
     shown, backend = config.get("obs", "state"), config.get("env_backend", "host")
-    return make_source(config["task"], config["loop"]["action_repeat"], shown, camera, backend)
+    repeat, padding = config["loop"]["action_repeat"], stored.get("padding", ())
+    return make_source(config["task"], repeat, shown, camera, backend, padding)
 
 
 class _Stateless:

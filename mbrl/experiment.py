@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 import jax
 import numpy as np
 
-from mbrl import dataset, open_loop, processes, sinks
+from mbrl import dataset, multitask, open_loop, processes, sinks
 from mbrl.config import check_config, differences, early_flags, override, parse_flags
 from mbrl.drivers import NO_TASK, Source, stored_source
 from mbrl.envs import pixels
@@ -23,6 +23,7 @@ from mbrl.errors import UserError
 from mbrl.finished import learned_by, load
 from mbrl.images import is_image
 from mbrl.memory import check_memory, compile_and_check
+from mbrl.multitask import STATE
 from mbrl.population import check_varied, with_hyper
 from mbrl.processes import all_do, leads, one_voice
 from mbrl.programs import LoopConfig, make_clock, make_offline_clock
@@ -61,6 +62,9 @@ class Experiment:
     """Continue the run in run_dir from its newest checkpoint, with the settings stored there."""
     from_run: str = ""
     """Start from what the agents in another run folder have learned; optimiser and replay start afresh."""
+    task_like: str = ""
+    """Of the several tasks that --from-run learned, the one whose embedding new tasks begin with; by default
+    the mean of all."""
     offline: str = ""
     """Learn from recorded episodes and collect none: a folder that python -m mbrl export wrote, that of a
     Minari dataset, a D4RL-style file *.hdf5, or several, separated by commas."""
@@ -174,8 +178,9 @@ def execute(
         use_debugging(config.num_seeds)
     stored = {"agent": kind, "config": dataclasses.asdict(config)}
     length = config.loop.batch_length + extra_rows
+    stored |= find_padding(config, kind)
     if config.offline:
-        source, recorded, rows = find_data(config, length)
+        source, recorded, rows = find_data(config, length, stored)
         # Served in order first, recorded episodes would come one by one.
         loop = dataclasses.replace(config.loop, replay_online=False)
         clock = make_offline_clock(loop, config.steps, rows)
@@ -199,16 +204,24 @@ def execute(
     run = Run(with_hyper(build, config, list(vary)), source, seeds, loop, clock, length, recorded)
     run_dir = config.run_dir or default_folder(source.spec.name, config.preset)
     stored |= {"vary": dict(vary)} if vary else {}
-    start = {"hyper": {field: np.array(values, np.float32) for field, values in vary.items()}} if vary else {}
+    start: dict[str, Any] = {}
+    if config.from_run and not config.resume:
+        mixture = find_embeddings(config, source.spec)
+        start = learned_by(config.from_run, run.shapes().train, len(seeds), mixture)
+    if vary:
+        start |= {"hyper": {field: np.array(values, np.float32) for field, values in vary.items()}}
     title = f"{name}, {config.preset}"
-    return launch(
-        run, stored, run_dir, title, config.resume, config.video, config.from_run, start, config.sinks
-    )
+    return launch(run, stored, run_dir, title, config.resume, config.video, start, config.sinks)
 
 
 def check_tasks(config: Experiment, kind: str, spec: EnvSpec) -> None:
     """UserError where an agent does not learn several tasks, and where it would not see as much of each."""
     tasks = len(spec.tasks)
+    if config.task_like and not (tasks and config.from_run):
+        raise UserError(
+            f"task_like is {config.task_like!r}, but only a run that starts from one of several tasks "
+            "(--from-run) has embeddings to begin with"
+        )
     if tasks and kind != "tdmpc":
         raise UserError(
             f"{spec.name} is {tasks} tasks: only TD-MPC2 (experiments/tdmpc_dmc.py) learns several"
@@ -220,20 +233,34 @@ def check_tasks(config: Experiment, kind: str, spec: EnvSpec) -> None:
         )
 
 
-def check_parent(from_run: str, spec: EnvSpec) -> None:
-    """UserError unless the run in folder ``from_run`` learned the several tasks of ``spec``."""
-    before = stored_source(RunFolder.config_of(from_run)).spec
-    if before.tasks != spec.tasks:
-        raise UserError(
-            f"--from-run {from_run} learned {before.name}: it must have learned the same tasks in the same "
-            f"order, {spec.name}"
-        )
+def find_padding(config: Experiment, kind: str) -> dict[str, Any]:
+    """What is stored of a run that starts from an agent of several tasks: ``padding``, the widths of
+    observation and action that its networks take."""
+    if config.resume:
+        stored = RunFolder.config_of(config.run_dir)
+        return {"padding": stored["padding"]} if "padding" in stored else {}
+    if not config.from_run or kind != "tdmpc":
+        return {}
+    before = stored_source(RunFolder.config_of(config.from_run)).spec
+    return {"padding": [before.obs[STATE].size, before.action.size]} if before.tasks else {}
 
 
-def find_data(config: Experiment, length: int) -> tuple[Source, Trajectory | None, int]:
+def find_embeddings(config: Experiment, spec: EnvSpec) -> np.ndarray | None:
+    """How the embeddings of the tasks of ``spec`` begin (`mbrl.multitask.embeddings`); None where it is a
+    single task."""
+    if not spec.tasks:
+        return None
+    before = stored_source(RunFolder.config_of(config.from_run)).spec
+    return multitask.embeddings(before, spec, config.task_like)
+
+
+def find_data(
+    config: Experiment, length: int, stored: Mapping[str, Any]
+) -> tuple[Source, Trajectory | None, int]:
     """The environment of a run that learns from recorded episodes; these, as columns of replay; their rows.
 
-    length: rows per sampled sequence. A resumed run has the episodes in its checkpoint and reads no file.
+    length: rows per sampled sequence. stored: what its ``config.json`` holds so far. A resumed run has the
+    episodes in its checkpoint and reads no file.
     """
     if config.resume:
         before = RunFolder.config_of(config.run_dir)
@@ -246,7 +273,7 @@ def find_data(config: Experiment, length: int) -> tuple[Source, Trajectory | Non
         found = dataset.load_joined(config.offline)
         source = Source(found.spec)
     else:
-        source = stored_source({"config": dataclasses.asdict(config)})
+        source = stored_source(stored)
         found = dataset.load_joined(config.offline, source.spec)
     rows = dataset.columns(found, config.loop.num_envs, length)
     print(f"{rows.reward.size:,} recorded rows: {found.source}")
@@ -281,7 +308,6 @@ def launch(
     name: str,
     resume: bool = False,
     video: bool = False,
-    from_run: str = "",
     start: Mapping[str, Any] = MappingProxyType({}),
     sink_names: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -291,11 +317,6 @@ def launch(
     state that a new run begins with.
     """
     least = check_memory(run)
-    # Before anything is written: it may be refused.
-    if from_run and run.source.spec.tasks:
-        check_parent(from_run, run.source.spec)
-    learned = learned_by(from_run, run.shapes().train, len(run.seeds)) if from_run and not resume else {}
-    learned = {**learned, **start}
     open_folder = RunFolder.open_for_resume if resume else partial(RunFolder.create, config=stored)
     folder = all_do(lambda: open_folder(run_dir), leader_only=True) or RunFolder.follow(run_dir)
     use_compilation_cache()
@@ -307,7 +328,7 @@ def launch(
         programs, began = run.programs(), time.perf_counter()
         compile_and_check(run, programs, least, print)
         made = programs, time.perf_counter() - began
-        summary = train(run, folder, resume, video, learned, made, opened)
+        summary = train(run, folder, resume, video, start, made, opened)
         seen = run.source.playable and any(map(is_image, run.source.spec.obs.values()))
         if seen and jax.process_count() == 1:
             try:

@@ -6,6 +6,7 @@ import functools
 import importlib
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -116,11 +117,14 @@ def start_from(learned: Mapping[str, PyTree], train: PyTree) -> PyTree:
     return train._replace(**{k: jax.tree.map(spread, x, getattr(train, k)) for k, x in learned.items()})
 
 
-def learned_by(run_dir: str | os.PathLike, train: PyTree, num_seeds: int) -> dict[str, PyTree]:
+def learned_by(
+    run_dir: str | os.PathLike, train: PyTree, num_seeds: int, mixture: np.ndarray | None = None
+) -> dict[str, PyTree]:
     """The fields of ``train`` that another run has learned, [S, ...] or [1, ...].
 
     run_dir: a run with as many seeds, or with one, which then all start from. train: of the new run, may be
-    abstract. Raises UserError where there is no such run, and where its networks are of other shapes.
+    abstract. mixture: for several tasks, how their embeddings begin (`mbrl.multitask.embeddings`). Raises
+    UserError where there is no such run, and where its networks are of other shapes.
     """
     count = RunFolder.config_of(run_dir).get("config", {}).get("num_seeds")
     if count not in (1, num_seeds):
@@ -132,7 +136,14 @@ def learned_by(run_dir: str | os.PathLike, train: PyTree, num_seeds: int) -> dic
         if not jax.tree.leaves(own):
             return own
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), own)
-        return checkpoints.restore(Path(run_dir) / "checkpoints", like, part=f".train.{name}").state
+        read = partial(checkpoints.restore, Path(run_dir) / "checkpoints", part=f".train.{name}")
+        if mixture is None or name != "params":
+            return read(like).state
+        table = like["model"]["task"]  # the other run has one embedding for each task of its own
+        like["model"]["task"] = table.update(shape=(count, mixture.shape[1], table.shape[-1]))
+        params = read(like).state
+        params["model"]["task"] = jnp.einsum("ij,sjk->sik", mixture, params["model"]["task"])
+        return params
 
     afresh = ("opt", "actor_opt", "updates", "hyper")
     return {name: taken(name, getattr(train, name)) for name in train._fields if name not in afresh}

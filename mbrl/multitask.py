@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from mbrl.config import choose
+from mbrl.envs import dmc
 from mbrl.errors import UserError
 from mbrl.losses import episode_discount
-from mbrl.types import ArraySpec, EnvSpec, HostEnv, TimeStep
+from mbrl.types import ArraySpec, EnvSpec, HostEnv, TimeStep, Trajectory
 
 TASK = "task"
 """Observation that holds the number of the task."""
@@ -23,8 +25,8 @@ def count(spec: EnvSpec) -> int:
     return max(1, len(spec.tasks))
 
 
-def join(name: str, specs: Sequence[EnvSpec], least: tuple[int, int] = (0, 0)) -> EnvSpec:
-    """The spec of several tasks. least: widths of observation and action below which nothing is padded.
+def join(name: str, specs: Sequence[EnvSpec], width: int = 0, actions: int = 0) -> EnvSpec:
+    """The spec of several tasks. width, actions: the least widths of observation and action.
 
     UserError for discrete actions, observations that are no vectors of floats, differing action repeats, and
     a task that is named twice.
@@ -38,12 +40,12 @@ def join(name: str, specs: Sequence[EnvSpec], least: tuple[int, int] = (0, 0)) -
             raise UserError(f"{spec.name} is named twice: several tasks must differ")
         if spec.action_repeat != specs[0].action_repeat:
             raise UserError(f"{spec.name} and {specs[0].name} differ in their action repeat")
-    width = max(least[0], *(sum(a.size for a in spec.obs.values()) for spec in specs))
+    width = max(width, *(sum(a.size for a in spec.obs.values()) for spec in specs))
     limits = [spec.max_steps for spec in specs]
     return EnvSpec(
         name,
         {STATE: ArraySpec((width,)), TASK: ArraySpec((), "int32", len(specs))},
-        ArraySpec((max(least[1], *(spec.action.size for spec in specs)),)),
+        ArraySpec((max(actions, *(spec.action.size for spec in specs)),)),
         specs[0].action_repeat,
         None if None in limits else max(limit for limit in limits if limit is not None),
         tuple(specs),
@@ -74,9 +76,52 @@ def pad_obs(obs: dict, task: int, spec: EnvSpec) -> dict:
     parts = [np.asarray(obs[k], np.float32) for k in sorted(entries)]
     batch = parts[0].shape[: parts[0].ndim - len(entries[min(entries)].shape)]
     state = np.concatenate([x.reshape(*batch, -1) for x in parts], -1)
-    missing = spec.obs[STATE].size - state.shape[-1]
-    state = np.concatenate([state, np.zeros((*batch, missing), np.float32)], -1)
-    return {STATE: state, TASK: np.full(batch, task, np.int32)}
+    return {STATE: _widened(state, spec.obs[STATE].size), TASK: np.full(batch, task, np.int32)}
+
+
+def pad_episode(episode: Trajectory, task: int, spec: EnvSpec) -> Trajectory:
+    """A recorded episode [T, ...] of one task as one of ``spec``."""
+    action = _widened(np.asarray(episode.action, np.float32), spec.action.size)
+    return episode._replace(obs=pad_obs(episode.obs, task, spec), action=action)
+
+
+def _widened(x: np.ndarray, width: int) -> np.ndarray:
+    """The rows of ``x`` with zeros behind them."""
+    return np.concatenate([x, np.zeros((*x.shape[:-1], width - x.shape[-1]), np.float32)], -1)
+
+
+def embeddings(before: EnvSpec, spec: EnvSpec, similar: str = "") -> np.ndarray:
+    """How the embeddings of the tasks of ``spec`` begin: weights float32 [tasks, tasks before] of those that
+    an agent has learned for the tasks of ``before``.
+
+    A task that it knows keeps its own. Another one gets that of the task ``similar``, or the mean of all.
+    UserError where it has no embeddings, where its networks are too narrow, and where ``similar`` is none of
+    its tasks or no task of ``spec`` is new.
+    """
+    if not before.tasks or not spec.tasks:
+        raise UserError(
+            f"--from-run learned {before.name}, the new run has {spec.name}: an agent of several tasks has "
+            "embeddings of them, one of a single task has none, so neither can start from the other"
+        )
+    had, wanted = ((s.obs[STATE].size, s.action.size) for s in (before, spec))
+    if wanted[0] > had[0] or wanted[1] > had[1]:
+        raise UserError(
+            f"{spec.name} has {wanted[0]} observed numbers and {wanted[1]} actions, the networks of "
+            f"--from-run, which learned {before.name}, take {had[0]} and {had[1]}: a task as wide must have "
+            "been among those"
+        )
+    known = [task.name for task in before.tasks]
+    rows, weights = np.eye(len(known), dtype=np.float32), []
+    if not similar:
+        other = rows.mean(0)
+    elif all(task.name in known for task in spec.tasks):
+        raise UserError(f"task_like is {similar!r}, but --from-run learned every task of {spec.name}")
+    else:
+        name = similar if similar in known else dmc.canonical(similar) or similar
+        other = rows[known.index(choose("task_like", name, known))]
+    for task in spec.tasks:
+        weights.append(rows[known.index(task.name)] if task.name in known else other)
+    return np.stack(weights)
 
 
 class Padded:

@@ -9,11 +9,19 @@ import numpy as np
 import pytest
 
 import mbrl
-from mbrl import dataset, envs
+import world_models.tdmpc
+from mbrl import checkpoints, dataset, envs, finished
+from mbrl.agents import tdmpc
+from mbrl.agents.tdmpc import TDMPCConfig
+from mbrl.config import override
 from mbrl.dataset import Dataset
+from mbrl.drivers import make_source
 from mbrl.errors import UserError
+from mbrl.presets import TDMPC as PRESETS
+from mbrl.programs import RunState
 from mbrl.types import EnvSpec, Trajectory
 from tests.reliability.test_command import TINY, TINY_TDMPC, load
+from world_models.tdmpc import TDMPCModelConfig
 
 SPEC = envs.make_jax("pendulum").spec
 FLAGS = {"dreamer_dmc": TINY, "tdmpc_dmc": TINY_TDMPC}
@@ -59,7 +67,7 @@ def test_columns_by_hand():
 def test_learns_resumes_and_loads(tmp_path, data, script, monkeypatch):
     """Without an environment: updates are the clock, nothing is evaluated, and a run that was stopped ends as
     the one that was not."""
-    from mbrl import checkpoints, train
+    from mbrl import train
 
     whole, part = tmp_path / "whole", tmp_path / "part"
     flags = [*FLAGS[script], *FEW, "--offline", str(data)]
@@ -103,7 +111,7 @@ def test_is_evaluated_where_there_is_an_environment(tmp_path, data):
     ("flags", "words"),
     [
         ("--task cartpole", ["does not fit cartpole", "obs["]),
-        ("--task pendulum --offline nowhere", ["no dataset in nowhere"]),
+        ("--steps 400 --task pendulum --offline nowhere", ["no dataset in nowhere"]),
         ("--task none --offline=", ["--task none", "--offline"]),
         ("--loop.num-envs 80", ["155 rows", "at least 320"]),
         ("--steps 0", ["steps is 0"]),
@@ -124,3 +132,89 @@ def test_action_repeat_must_be_that_of_the_data(tmp_path):
         dataset.check_fits(
             "data", EnvSpec("x", SPEC.obs, SPEC.action, 3), EnvSpec("x", SPEC.obs, SPEC.action, 2)
         )
+
+
+TASKS = ("cartpole_swingup", "pendulum_swingup")
+
+
+@pytest.fixture(scope="module")
+def each(tmp_path_factory):
+    """A dataset of each of two tasks, and a run of an agent that knows the first and a third one."""
+    folder = tmp_path_factory.mktemp("each")
+    for task, rows in zip(TASKS, (60, 40)):
+        dataset.save(folder / task, recorded(make_source(task, 2).spec, (rows, 50)))
+    spec = make_source("cartpole_swingup,cup_catch", 2).spec
+    # As TINY_TDMPC has them.
+    model = override(
+        TDMPCModelConfig(), PRESETS["s"]["model"] | {"latent": 8, "units": 8, "encoder_units": 8}
+    )
+    agent = override(TDMPCConfig(), PRESETS["s"]["agent"] | {"units": 8})
+    agent = tdmpc.make(agent, spec, world_models.tdmpc.make(model, spec), 0.0, 1)
+    train = jax.vmap(agent.init)(jax.random.split(jax.random.key(7), 1))
+    checkpoints.save(folder / "parent" / "checkpoints", 1, RunState(train, (), (), (), ()))
+    config = {"task": "cartpole_swingup,cup_catch", "loop": {"action_repeat": 2}, "num_seeds": 1}
+    (folder / "parent" / "config.json").write_text(json.dumps({"agent": "tdmpc", "config": config}))
+    return folder, train
+
+
+@pytest.mark.slow
+def test_several_tasks_from_a_dataset_of_each_and_another_agent(tmp_path, each, monkeypatch):
+    """What the agent knew stays, its new task begins like the one that is named; the run is evaluated task by
+    task, and is loaded without the other one."""
+    (folder, parent), begun = each, []
+    start_from = finished.start_from
+
+    def keep(*args):
+        begun.append(jax.device_get(start_from(*args).params))  # copied, since it is donated
+        return start_from(*args)
+
+    monkeypatch.setattr(finished, "start_from", keep)
+    data = ",".join(str(folder / task) for task in reversed(TASKS))
+    learner = TINY_TDMPC[: TINY_TDMPC.index("--search.samples")]  # without a planner
+    flags = [*learner, "--planner", "none", "--steps", "20", "--loop.log-every", "20"]
+    flags += ["--loop.eval-episodes", "1", "--offline", data, "--task", ",".join(TASKS)]
+    flags += ["--from-run", str(folder / "parent"), "--task-like", "cup_catch"]
+    load("tdmpc_dmc")([*flags, "--run-dir", str(tmp_path / "run")])
+    # Its tasks are cartpole_swingup and the one that the new task is like.
+    jax.tree.map(np.testing.assert_array_equal, begun[0], jax.device_get(parent.params))
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert stored["padding"] == [8, 2]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert set(summary["eval_return"]["tasks"]) == set(TASKS) and summary["updates"] == 20
+    monkeypatch.setattr(finished.RunFolder, "config_of", lambda path: stored)  # the parent is not read
+    found = mbrl.load(tmp_path / "run")
+    rows = dataset.from_run(tmp_path / "run")
+    numbers, counts = np.unique(np.concatenate([e.obs["task"] for e in rows.episodes]), return_counts=True)
+    np.testing.assert_array_equal(numbers, [0, 1])
+    assert found.spec.obs["state"].shape == (8,) and list(counts) == [110, 90]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--offline {0}/cartpole_swingup", ["no episodes of pendulum_swingup"]),
+        ("--offline {0}/cartpole_swingup,{0}/wrong", ["wrong", "pendulum, which is none of the tasks"]),
+        (
+            "--offline {0}/cartpole_swingup,{0}/pendulum_swingup --task-like cup_catch",
+            ["task_like", "--from-run"],
+        ),
+        (
+            "--steps 400 --task walker_walk --from-run {0}/parent",
+            ["walker_walk has 24", "6 actions", "take 8 and 2"],
+        ),
+        (
+            "--steps 400 --task pendulum_swingup --from-run {0}/parent --task-like cheetah_run",
+            ["task_like", "cup_catch"],
+        ),
+        ("--steps 400 --task pendulum --from-run {0}/parent", ["on the host"]),
+    ],
+)
+def test_tasks_that_cannot_be_learned_together(tmp_path, each, data, flags, words):
+    folder = each[0]
+    if not (folder / "wrong").exists():
+        (folder / "wrong").symlink_to(data)
+    with pytest.raises(UserError) as error:
+        both = ["--task", ",".join(TASKS), "--run-dir", str(tmp_path / "run")]
+        load("tdmpc_dmc")([*TINY_TDMPC, *FEW, *both, *flags.format(folder).split()])
+    assert all(word in str(error.value) for word in words), error.value
+    assert not (tmp_path / "run").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,15 @@ import numpy as np
 import pytest
 
 import world_models.tdmpc
-from mbrl import multitask
+from mbrl import checkpoints, multitask
 from mbrl.agents import tdmpc
 from mbrl.agents.tdmpc import TDMPCConfig
 from mbrl.collect import random_action
 from mbrl.distributions import tanh_normal
 from mbrl.drivers import make_pool, make_source
 from mbrl.errors import UserError
+from mbrl.finished import learned_by
+from mbrl.programs import RunState
 from mbrl.seeds import Seeds
 from mbrl.types import ArraySpec, EnvSpec, Trajectory
 from tests.helpers import TDMPC_MODEL
@@ -59,7 +62,7 @@ def test_specs_and_tables_by_hand():
     np.testing.assert_array_equal(shown["state"], np.tile([2, 2, 1, 0, 0], (7, 1)))
     assert shown["task"].shape == (7,) and not shown["task"].any()
     assert EnvSpec.of_json(dataclasses.asdict(SPEC)) == SPEC
-    assert multitask.join("wide", [ONE], (9, 4)).obs["state"].shape == (9,)
+    assert multitask.join("wide", [ONE], 9, 4).obs["state"].shape == (9,)
     each = multitask.by_task(SPEC, [[1, 10, 3, 30], [5, 50, 7, 70]])
     np.testing.assert_array_equal(each["one"], [2, 6])
     np.testing.assert_array_equal(each["two"], [20, 60])
@@ -141,7 +144,7 @@ def test_actions_of_padding_are_zero(updated):
 def test_one_padded_task_equals_the_task_alone():
     """With the weights of the task alone, and whatever weights for padding and embedding that is zero: the
     same latents, losses, actions and values."""
-    wide = multitask.join("wide", [ONE], (5, 3))
+    wide = multitask.join("wide", [ONE], 5, 3)
     (alone, _), (padded, _) = parts(ONE), parts(wide)
     own, traj = alone.init(jax.random.key(0)), trajectory(ONE)
     other = padded.init(jax.random.key(1))
@@ -192,3 +195,66 @@ def test_environments_take_turns_and_resume():
     jax.tree.map(np.testing.assert_array_equal, pool.step(action, no), again.step(action, no))
     with pytest.raises(UserError, match="on the host"):
         make_source("pendulum,cup_catch", 2)
+
+
+THREE = dataclasses.replace(TWO, name="three")
+
+
+@pytest.mark.parametrize(
+    ("tasks", "similar", "weights"),
+    [
+        ([THREE], "", [[0.5, 0.5]]),
+        ([THREE], "two", [[0, 1]]),
+        ([TWO, THREE, ONE], "", [[0, 1], [0.5, 0.5], [1, 0]]),
+        ([TWO, THREE, ONE], "one", [[0, 1], [1, 0], [1, 0]]),
+        ([TWO, ONE], "", [[0, 1], [1, 0]]),
+    ],
+)
+def test_embeddings_of_a_new_agent(tasks, similar, weights):
+    """Known tasks keep theirs in whatever order; new ones begin like the named one, or in the middle."""
+    found = multitask.embeddings(SPEC, multitask.join("new", tasks, 5, 3), similar)
+    np.testing.assert_array_equal(found, weights)
+
+
+@pytest.mark.parametrize(
+    ("before", "spec", "similar", "words"),
+    [
+        (ONE, SPEC, "", ["learned one", "has both", "single task"]),
+        (SPEC, ONE, "", ["learned both", "has one", "single task"]),
+        (multitask.join("small", [ONE]), SPEC, "", ["both has 5", "3 actions", "take 3 and 1"]),
+        (SPEC, multitask.join("new", [THREE], 5, 3), "on", ["task_like is 'on'", "one, two"]),
+        (SPEC, multitask.join("old", [ONE], 5, 3), "two", ["task_like is 'two'", "learned every task"]),
+    ],
+)
+def test_agents_that_cannot_start_from_one_another(before, spec, similar, words):
+    with pytest.raises(UserError) as error:
+        multitask.embeddings(before, spec, similar)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_episodes_are_padded_like_what_is_seen():
+    rows = trajectory(ONE, batch=1)
+    episode = jax.tree.map(lambda x: np.asarray(x[:, 0]), rows)
+    padded = multitask.pad_episode(episode, 0, SPEC)
+    state = np.concatenate([episode.obs["a"], episode.obs["b"], np.zeros((4, 2))], -1)
+    np.testing.assert_array_equal(padded.obs["state"], np.float32(state))
+    np.testing.assert_array_equal(padded.obs["task"], np.zeros(4))
+    np.testing.assert_array_equal(padded.action, np.pad(episode.action, ((0, 0), (0, 2))))
+    np.testing.assert_array_equal(padded.reward, episode.reward)
+
+
+def test_a_new_agent_takes_all_but_mixes_embeddings(tmp_path):
+    """Two seeds that learned two tasks, and an agent of three."""
+    rng = np.random.default_rng(0)
+    weights = lambda tasks: {"task": jnp.float32(rng.normal(size=(2, tasks, 4))), "w": jnp.ones((2, 3))}
+    state = lambda model: tdmpc.TrainState({"model": model}, {}, (), (), jnp.full(2, 7.0), jnp.zeros(2))
+    before, after = state(weights(2)), state(weights(3))
+    checkpoints.save(tmp_path / "checkpoints", 1, RunState(before, (), (), (), ()))
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"num_seeds": 2}}))
+    spec = multitask.join("new", [TWO, THREE, ONE], 5, 3)
+    found = learned_by(tmp_path, after, 2, multitask.embeddings(SPEC, spec))
+    one, two = np.moveaxis(np.asarray(before.params["model"]["task"]), 1, 0)
+    table = np.stack([two, (one + two) / 2, one], 1)
+    np.testing.assert_allclose(found["params"]["model"]["task"], table, atol=1e-6)
+    np.testing.assert_array_equal(found["params"]["model"]["w"], np.ones((2, 3)))
+    np.testing.assert_array_equal(found["scale"], [7, 7])
