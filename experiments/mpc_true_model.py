@@ -1,6 +1,7 @@
 """Model predictive control with the true dynamics: what a planner reaches when its model has no error.
 
     python experiments/mpc_true_model.py --task cartpole --planner icem --num-seeds 3 --num-envs 4
+    python experiments/mpc_true_model.py --task cartpole_swingup --env-backend mjx --planner icem --num-envs 1
 
 Prints one line of JSON.
 """
@@ -18,12 +19,16 @@ import numpy as np
 import planners
 from mbrl import envs
 from mbrl.config import choose, config_type, early_flags, load_factory, override, parse_flags, run_main
+from mbrl.drivers import make_source
 from mbrl.errors import check_at_least
 from mbrl.planning import PlanConfig, RuleConfig, make_planner, plan_objective
 from mbrl.seeds import Seeds, use_compilation_cache, use_cpu_devices
 from mbrl.true_model import control, simulator_of_env
+from mbrl.types import JaxEnv
 
-ACTION_REPEAT = {"cartpole": 4, "pendulum": 4, "pendulum_dense": 4}
+TASKS = ["cartpole", "pendulum", "pendulum_dense"]
+"""Tasks of the backend jax."""
+ACTION_REPEAT = 4
 """Simulator frames per agent step: plans of a second in few steps. No policy knows of this choice."""
 
 
@@ -34,7 +39,9 @@ class Config:
     search: RuleConfig
     """Settings of the planner."""
     task: str = "cartpole"
-    """An environment written in JAX: cartpole, pendulum, pendulum_dense."""
+    """An environment written in JAX: cartpole, pendulum, pendulum_dense; or a task of dm_control in MJX."""
+    env_backend: str = "jax"
+    """Whose physics it is: jax, written here, or mjx, MuJoCo's own on the device (slow on a CPU)."""
     planner: str = "icem"
     """Planner by name (mppi, mppi_classic, cem, icem, random, gradient)."""
     seed: int = 0
@@ -67,15 +74,22 @@ def find_planner(name: str):
     return load_factory("--planner", name, registry)
 
 
+def make_env(task: str, backend: str) -> JaxEnv:
+    """The environment, which is its own simulator."""
+    if choose("--env-backend", backend, ["jax", "mjx"]) == "jax":
+        return envs.make_jax(choose("--task", task, TASKS), action_repeat=ACTION_REPEAT)
+    env = make_source(task, ACTION_REPEAT, backend=backend).env
+    assert env is not None  # MJX runs on the device
+    return env
+
+
 def main(argv: Sequence[str]) -> None:
     early = early_flags(argv, planner="icem", num_seeds=1)
     use_cpu_devices(max(1, early.num_seeds))
     config = parse_flags(argv, default_config(early.planner))
     check_at_least("num_envs", config.num_envs, 1)
     check_at_least("steps", config.steps, 0)
-    env = envs.make_jax(
-        choose("--task", config.task, list(ACTION_REPEAT)), action_repeat=ACTION_REPEAT[config.task]
-    )
+    env = make_env(config.task, config.env_backend)
     steps = config.steps or env.spec.max_steps or 0
     rule = find_planner(config.planner)(config.search, env.spec.action)
     planner = make_planner(simulator_of_env(env), rule, config.plan)
@@ -94,6 +108,7 @@ def main(argv: Sequence[str]) -> None:
     plans = steps * returns.size / config.plan.replan_every / config.plan.action_block
     result = {
         "task": config.task,
+        "env_backend": config.env_backend,
         "planner": config.planner,
         "search": asdict(config.search),
         "warm_start": config.warm_start,

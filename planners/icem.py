@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 import jax
@@ -75,10 +76,10 @@ def colour(horizon: int, beta: float) -> np.ndarray:
 
 
 def rounds(config: ICEMConfig) -> tuple[Stage, ...]:
-    """One stage per round, each of its own size."""
+    """A stage for all rounds of one size."""
     least = min(config.elites + max(config.elites, config.policy_samples), config.samples)
     sizes = [max(least, int(config.samples / config.decay**i)) for i in range(config.iterations)]
-    return tuple(Stage(1, size) for size in sizes)
+    return tuple(Stage(len(list(equal)), size) for size, equal in groupby(sizes))
 
 
 def make(config: ICEMConfig, action: ArraySpec) -> SearchRule:

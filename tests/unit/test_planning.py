@@ -186,9 +186,9 @@ def test_icem_keeps_elites_and_shrinks():
     """Rounds of 20, 16 and 12 candidates, never fewer than twice the elites; the best of an early round wins
     with its stored score, and is among the first candidates of the next search, moved on by a step."""
     rule = make_rule("icem", horizon=4, samples=20, elites=6, iterations=4, keep=0.5)
-    assert [stage.samples for stage in rule.stages] == [20, 16, 12, 12]
+    assert [(stage.iterations, stage.samples) for stage in rule.stages] == [(1, 20), (1, 16), (2, 12)]
     search, best = rule.start(rule.init_warm(), jnp.zeros((0, 4, 1)), ZERO), None
-    for i, stage in enumerate(rule.stages):
+    for i, stage in enumerate([*rule.stages, rule.stages[-1]]):
         candidates = rule.ask(search, stage, i, jax.random.key(i))
         assert candidates.shape == (stage.samples, 4, 1) and np.abs(candidates).max() <= 1
         scores = -jnp.abs(candidates).sum((1, 2)) - 100.0 * (i > 0)
