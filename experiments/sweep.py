@@ -94,7 +94,7 @@ def settings(config: Config, base: Any) -> list[dict[str, Any]]:
             raise UserError(f"--vary {item} must be FIELD=VALUES")
         if name in ("seed", "num_seeds"):
             raise UserError(
-                f"--vary {name}: every setting has seeds of its own, as many as --num-seeds says, from --seed on"
+                f"--vary {name}: every setting has own seeds, as many as --num-seeds says, from --seed on"
             )
         axes[name] = [part.split(",") for part in text.split(":")]
     if config.search == "grid":
