@@ -50,6 +50,7 @@ def default_config(preset: str, world_model: str, planner: str) -> Config:
     """The config of a preset, before flags."""
     values = PRESETS[choose("--preset", preset, list(PRESETS))]
     model = config_type(load_factory("--world-model", world_model, world_models.LATENT))()
+    search = default_search(planner, planners.REGISTRY)
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     agent = values["agent"] | values.get(f"agent/{world_model}", {})
     return Config(
@@ -57,7 +58,7 @@ def default_config(preset: str, world_model: str, planner: str) -> Config:
         world_model=world_model,
         planner=planner,
         model=override(model, {"dtype": dtype} | values["model"] | values.get(world_model, {})),
-        search=default_search(planner, planners.REGISTRY),
+        search=override(search, values["search"].get(planner, {})),
         agent=override(DreamerConfig(), agent | {"optimiser": values["optimiser"]}),
         loop=override(LoopConfig(), values["loop"]),
         camera=override(CAMERA, values.get("camera", {})),

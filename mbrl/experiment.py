@@ -290,23 +290,24 @@ def launch(
     stored: what config.json shall hold. name: of agent and settings, for titles. start: fields of the train
     state that a new run begins with.
     """
+    # All that may be refused comes before anything is written.
     least = check_memory(run)
-    # Before anything is written: it may be refused.
     if from_run and run.source.spec.tasks:
         check_parent(from_run, run.source.spec)
-    learned = learned_by(from_run, run.shapes().train, len(run.seeds)) if from_run and not resume else {}
+    learned = learned_by(from_run, run.shapes.train, len(run.seeds)) if from_run and not resume else {}
     learned = {**learned, **start}
-    open_folder = RunFolder.open_for_resume if resume else partial(RunFolder.create, config=stored)
-    folder = all_do(lambda: open_folder(run_dir), leader_only=True) or RunFolder.follow(run_dir)
+    all_do(lambda: RunFolder.check(run_dir, resume), leader_only=True)
     use_compilation_cache()
     task = run.source.spec.name
+    print(f"{task}: {name}, run folder {run_dir}")
+    print("compiling", flush=True)
+    programs, began = run.programs(), time.perf_counter()
+    compile_and_check(run, programs, least, print)
+    made = programs, time.perf_counter() - began
+    open_folder = RunFolder.open_for_resume if resume else partial(RunFolder.create, config=stored)
+    folder = all_do(lambda: open_folder(run_dir), leader_only=True) or RunFolder.follow(run_dir)
     with folder:
-        print(f"{task}: {name}, run folder {folder.path}")
         opened = sinks.open_all(sink_names if leads() else (), folder, f"{task}: {name}")
-        print("compiling", flush=True)
-        programs, began = run.programs(), time.perf_counter()
-        compile_and_check(run, programs, least, print)
-        made = programs, time.perf_counter() - began
         summary = train(run, folder, resume, video, learned, made, opened)
         seen = run.source.playable and any(map(is_image, run.source.spec.obs.values()))
         if seen and jax.process_count() == 1:
