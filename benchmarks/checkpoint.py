@@ -41,7 +41,7 @@ def random_state(run: Run):
             else np.zeros(x.shape, bool)
         )
 
-    return jax.tree.map(fill, run.shapes())
+    return jax.tree.map(fill, run.shapes)
 
 
 def with_pictures(state, side: int):

@@ -92,6 +92,10 @@ def settings(config: Config, base: Any) -> list[dict[str, Any]]:
         name, equals, text = item.partition("=")
         if not equals:
             raise UserError(f"--vary {item} must be FIELD=VALUES")
+        if name in ("seed", "num_seeds"):
+            raise UserError(
+                f"--vary {name}: every setting has own seeds, as many as --num-seeds says, from --seed on"
+            )
         axes[name] = [part.split(",") for part in text.split(":")]
     if config.search == "grid":
         if ranges := [name for name, parts in axes.items() if len(parts) > 1]:

@@ -74,7 +74,8 @@ class Comparison(NamedTuple):
     """methods, tasks: names. frames: per task, where scores are taken. scale: return of score 1. aggregates:
     {method: {statistic: Estimate}}. profiles [51] at thresholds `PROFILE`. improvement: over the reference,
     per other method. efficiency: (frames [K], IQM [K]). per_task: mean return, (methods, tasks).
-    missing: tasks that not every method has, left out. unit: what "frames" count."""
+    missing: tasks that not every method has, left out. sources: whose published scores the runs are compared
+    with. unit: what "frames" count."""
 
     methods: list[str]
     tasks: list[str]
@@ -90,6 +91,7 @@ class Comparison(NamedTuple):
     efficiency: dict[str, tuple[np.ndarray, Estimate]]
     per_task: np.ndarray
     missing: list[str]
+    sources: list[str]
     unit: str = FRAMES
 
 
@@ -220,6 +222,7 @@ def compare(
         },
         per_task=np.array([[scale * one.mean() for one in final[name]] for name in names]),
         missing=[task for task in everything if task not in tasks],
+        sources=sorted({published.method_of(r.record) for m in methods for r in m.runs} - {""}),
         unit=units.pop(),
     )
 
@@ -301,9 +304,10 @@ def tables(c: Comparison) -> list[tuple[str, list[str], list[list[str]]]]:
     head = ["method", "runs that reached it", "median frames", "median training seconds"]
     found.append((f"First evaluation with a score of {c.threshold:g} or more", head, rows))
     rows = [[m, *(_number(v, 1) for v in c.per_task[i])] for i, m in enumerate(c.methods)]
-    known = [published.score_at(task, frames) for task, frames in zip(c.tasks, c.frames)]
-    if any(known) and c.unit == FRAMES:
-        rows.append(["published", *(s.text(1) if s else "-" for s in known)])
+    for source in c.sources if c.unit == FRAMES else ():
+        known = [published.score_at(task, frames, source) for task, frames in zip(c.tasks, c.frames)]
+        if any(known):
+            rows.append([f"{source}, published", *(s.text(1) if s else "-" for s in known)])
     found.append(("Mean return by task", ["method", *c.tasks], rows))
     return found
 

@@ -206,8 +206,8 @@ def execute(
     stored |= {"vary": dict(vary)} if vary else {}
     start: dict[str, Any] = {}
     if config.from_run and not config.resume:
-        mixture = find_embeddings(config, source.spec)
-        start = learned_by(config.from_run, run.shapes().train, len(seeds), mixture)
+        mixture = find_embeddings(config, source.spec) if source.spec.tasks or "padding" in stored else None
+        start = learned_by(config.from_run, run.shapes.train, len(seeds), mixture)
     if vary:
         start |= {"hyper": {field: np.array(values, np.float32) for field, values in vary.items()}}
     title = f"{name}, {config.preset}"
@@ -217,7 +217,7 @@ def execute(
 def check_tasks(config: Experiment, kind: str, spec: EnvSpec) -> None:
     """UserError where an agent does not learn several tasks, and where it would not see as much of each."""
     tasks = len(spec.tasks)
-    if config.task_like and not (tasks and config.from_run):
+    if config.task_like and not config.resume and not (tasks and config.from_run):
         raise UserError(
             f"task_like is {config.task_like!r}, but only a run that starts from one of several tasks "
             "(--from-run) has embeddings to begin with"
@@ -245,11 +245,8 @@ def find_padding(config: Experiment, kind: str) -> dict[str, Any]:
     return {"padding": [before.obs[STATE].size, before.action.size]} if before.tasks else {}
 
 
-def find_embeddings(config: Experiment, spec: EnvSpec) -> np.ndarray | None:
-    """How the embeddings of the tasks of ``spec`` begin (`mbrl.multitask.embeddings`); None where it is a
-    single task."""
-    if not spec.tasks:
-        return None
+def find_embeddings(config: Experiment, spec: EnvSpec) -> np.ndarray:
+    """How the embeddings of the tasks of ``spec`` begin (`mbrl.multitask.embeddings`)."""
     before = stored_source(RunFolder.config_of(config.from_run)).spec
     return multitask.embeddings(before, spec, config.task_like)
 
@@ -316,18 +313,20 @@ def launch(
     stored: what config.json shall hold. name: of agent and settings, for titles. start: fields of the train
     state that a new run begins with.
     """
+    # All that may be refused comes before anything is written.
     least = check_memory(run)
-    open_folder = RunFolder.open_for_resume if resume else partial(RunFolder.create, config=stored)
-    folder = all_do(lambda: open_folder(run_dir), leader_only=True) or RunFolder.follow(run_dir)
+    all_do(lambda: RunFolder.check(run_dir, resume), leader_only=True)
     use_compilation_cache()
     task = run.source.spec.name
+    print(f"{task}: {name}, run folder {run_dir}")
+    print("compiling", flush=True)
+    programs, began = run.programs(), time.perf_counter()
+    compile_and_check(run, programs, least, print)
+    made = programs, time.perf_counter() - began
+    open_folder = RunFolder.open_for_resume if resume else partial(RunFolder.create, config=stored)
+    folder = all_do(lambda: open_folder(run_dir), leader_only=True) or RunFolder.follow(run_dir)
     with folder:
-        print(f"{task}: {name}, run folder {folder.path}")
         opened = sinks.open_all(sink_names if leads() else (), folder, f"{task}: {name}")
-        print("compiling", flush=True)
-        programs, began = run.programs(), time.perf_counter()
-        compile_and_check(run, programs, least, print)
-        made = programs, time.perf_counter() - began
         summary = train(run, folder, resume, video, start, made, opened)
         seen = run.source.playable and any(map(is_image, run.source.spec.obs.values()))
         if seen and jax.process_count() == 1:

@@ -94,7 +94,7 @@ def own_devices(seeds: Seeds) -> list[Any]:
 def check_memory(run: Run) -> Plan:
     """The least that a run needs; UserError when it cannot fit. Nothing is allocated or compiled."""
     devices = own_devices(run.seeds)
-    least = plan(run.shapes(), len(devices) / run.seeds.shards)
+    least = plan(run.shapes, len(devices) / run.seeds.shards)
     _check_fits(least, available_bytes(devices))
     return least
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import itertools
 import json
@@ -36,6 +37,21 @@ class RunFolder:
         self._lock, self._hidden = lock, None
 
     @classmethod
+    def check(cls, path: str | os.PathLike, resume: bool = False) -> None:
+        """Raises what `create`, or `open_for_resume`, would raise; a new folder is not made yet."""
+        root = Path(path)
+        if resume:
+            cls.open_for_resume(root).close()
+        elif root.exists():
+            with cls(root, _take(root, create=False)):
+                _check_free(root)
+        else:
+            above = next(folder for folder in root.absolute().parents if folder.exists())
+            if not above.is_dir() or not os.access(above, os.W_OK):
+                reason = errno.EACCES if above.is_dir() else errno.ENOTDIR
+                raise UserError(_unwritable(root, OSError(reason, os.strerror(reason))))
+
+    @classmethod
     def create(cls, path: str | os.PathLike, config: dict[str, Any]) -> RunFolder:
         """Make the folder of a new run, with its ``config.json``; ``path`` may exist when it holds no run.
 
@@ -47,12 +63,7 @@ class RunFolder:
         root = Path(path)
         folder = cls(root, _take(root, create=True))
         try:
-            found = next((name for name in _OWN if (root / name).exists()), None)
-            if found is not None:
-                raise UserError(
-                    f"run folder {root} already holds a run ({found}): give --resume to continue it, or "
-                    "another --run-dir"
-                )
+            _check_free(root)
             record = {**portable(config), "versions": versions(), "machine": machine(), "commit": commit()}
             write_json(folder.config_path, record)  # first: a folder whose making failed here is still free
             for directory in (folder.checkpoints, folder.tensorboard, folder.videos):
@@ -328,6 +339,16 @@ def _cpu_model() -> str:
     except OSError:
         pass
     return platform.processor() or "unknown"
+
+
+def _check_free(root: Path) -> None:
+    """UserError where there is a run."""
+    found = next((name for name in _OWN if (root / name).exists()), None)
+    if found is not None:
+        raise UserError(
+            f"run folder {root} already holds a run ({found}): give --resume to continue it, or another "
+            "--run-dir"
+        )
 
 
 def _unwritable(root: Path, error: OSError) -> str:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,7 +35,8 @@ from mbrl.statistics import bootstrap_interval, iqm
 from mbrl.types import Agent, EnvSpec, HostEnv, Trajectory
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Run:
     """What a run is made of. length: rows per sampled sequence, batch_length plus one where replay supplies
     the latent context. recorded: rows [N, E, ...] that replay begins with where nothing is collected."""
 
@@ -54,13 +56,14 @@ class Run(NamedTuple):
         source, config = self.source, self.config
         return make_programs(self.agent, self.ring(), source.spec, source.env, self.seeds, config, self.clock)
 
+    @cached_property
     def shapes(self) -> RunState:
         """The whole state of the run, abstract: nothing is allocated."""
         return jax.eval_shape(lambda: self.programs().init(self.seeds.keys()))
 
     def chunk_shapes(self) -> tuple[Any, ...]:
         """The arguments of `Programs.chunk`, and of `Programs.update`, abstract."""
-        return self._spread(self.shapes()), self.seeds.keys(), np.int32(0)
+        return self._spread(self.shapes), self.seeds.keys(), np.int32(0)
 
     def learn_shapes(self) -> tuple[Any, ...]:
         """The arguments of `Programs.learn`, abstract."""
@@ -72,7 +75,7 @@ class Run(NamedTuple):
         latents = [self._spread(of(row.latent, members)) for _ in range(rows)]
         seen = of(row._replace(latent=()), members, rows)
         seen = seen if jax.process_count() == 1 else self._spread(seen)
-        return self._spread(self.shapes()), seen, latents, self.seeds.keys(), np.int32(0)
+        return self._spread(self.shapes), seen, latents, self.seeds.keys(), np.int32(0)
 
     def _spread(self, tree: Any) -> Any:
         """Abstract arrays [S, ...] on the devices of the run."""
@@ -248,11 +251,6 @@ class Monitor:
         self.now = (frames, updates, metrics)
         self.ended.append(ended)
         self.progress.update(frames, self.returns, updates)
-        if faults.sum() > self.faults.sum() == 0:
-            self.progress.say(
-                f"an environment failed or returned numbers that are not finite at {frames:,} frames: its "
-                "episode ends there; env_faults in the metrics counts such events"
-            )
         self.faults = faults
 
     def newly_frozen(self) -> list[int]:

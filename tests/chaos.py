@@ -97,7 +97,7 @@ def compare(a: Path, b: Path, iterations: int) -> None:
     from mbrl.logger import read_metrics
     from tests.helpers import as_numpy
 
-    shapes = make_run(iterations).shapes()
+    shapes = make_run(iterations).shapes
     x, y = (checkpoints.restore(folder / "checkpoints", shapes) for folder in (a, b))
     assert x.step == y.step
     leaves = zip(*(jax.tree.leaves(as_numpy(r.state)) for r in (x, y)), strict=True)

@@ -137,7 +137,7 @@ def start_state(run: Run) -> RunState:
             return rng.random(x.shape) < 0.1
         return (0.3 * rng.normal(size=x.shape)).astype(x.dtype)
 
-    shapes = run.shapes()
+    shapes = run.shapes
     state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     train = state.train._replace(params=jax.tree.map(fill, shapes.train.params))
     ring = state.replay._replace(data=jax.tree.map(fill, shapes.replay.data))
@@ -161,7 +161,7 @@ def main(folder: Path, cases: list[tuple[int, int]]) -> None:
         seeds = Seeds.make(0, members, data)
         run = make_run(seeds)
         repeated = [np.tile(x, (members // 2, *[1] * (x.ndim - 1))) for x in leaves]
-        start = jax.tree.unflatten(jax.tree.structure(run.shapes()), repeated)
+        start = jax.tree.unflatten(jax.tree.structure(run.shapes), repeated)
         state, metrics = learn(run, start)
         found = jax.tree.leaves(seeds.fetch((state.train, metrics)))
         if leads():

@@ -105,7 +105,7 @@ class HostPool:
             for i in np.flatnonzero(faulty & ~raised & (self.faults == 0)):
                 warnings.warn(
                     f"{self.names[i]} returned numbers that are not finite or a wrong shape: its episode "
-                    "ends, here and whenever it does so again",
+                    "ends, here and whenever it does so again (env_faults in the metrics counts it)",
                     RuntimeWarning,
                     stacklevel=2,
                 )
@@ -132,7 +132,8 @@ class HostPool:
         try:
             return env.reset() if reset else env.step(action)
         except Exception as error:
-            warnings.warn(f"{self.names[i]} raised {error!r}: its episode ends", RuntimeWarning, stacklevel=3)
+            text = f"{self.names[i]} raised {error!r}: its episode ends (env_faults in the metrics counts it)"
+            warnings.warn(text, RuntimeWarning, stacklevel=3)
             return TimeStep({}, 0.0, True, False)
 
     def reset(self) -> TimeStep:

@@ -111,7 +111,7 @@ def test_other_meshes_learn_the_same(elsewhere, alone, case):
 def test_a_checkpoint_of_two_processes_restores_anywhere(elsewhere, alone):
     """On one device and on four: the same numbers, whole; and only the first process wrote what there is one
     of."""
-    like = jax.eval_shape(lambda: make_run(on_one_device(0, 1)).shapes())
+    like = jax.eval_shape(lambda: make_run(on_one_device(0, 1)).shapes)
     restored = checkpoints.restore(elsewhere / "saved", like)
     assert restored.step == UPDATES and checkpoints.steps(elsewhere / "saved") == [UPDATES]
     assert_close(restored.state.train, alone[0], 1e-4)

@@ -66,7 +66,7 @@ def rows(folder):
 
 
 def final_state(run, folder):
-    found = checkpoints.restore(folder / "checkpoints", run.shapes())
+    found = checkpoints.restore(folder / "checkpoints", run.shapes)
     return as_numpy(found.state)
 
 

@@ -179,6 +179,7 @@ def test_several_tasks_from_a_dataset_of_each_and_another_agent(tmp_path, each, 
     jax.tree.map(np.testing.assert_array_equal, begun[0], jax.device_get(parent.params))
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert stored["padding"] == [8, 2]
+    load("tdmpc_dmc")(["--resume", "--run-dir", str(tmp_path / "run")])  # has nothing left to do
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert set(summary["eval_return"]["tasks"]) == set(TASKS) and summary["updates"] == 20
     monkeypatch.setattr(finished.RunFolder, "config_of", lambda path: stored)  # the parent is not read

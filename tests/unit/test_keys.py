@@ -54,7 +54,7 @@ def test_a_reuse_is_seen():
 
 def test_programs(run):
     """Initialisation, prefill, a chunk of collecting and updates, acting on the host."""
-    programs, shapes = run.programs(), run.shapes()
+    programs, shapes = run.programs(), run.shapes
     keys = jax.eval_shape(SEEDS.keys)
     trace(programs.init, keys)
     clock = jnp.int32(0)

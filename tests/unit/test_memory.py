@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 
@@ -9,11 +10,12 @@ import jax
 import numpy as np
 import pytest
 
-from mbrl import memory
+from mbrl import experiment, memory
 from mbrl.drivers import DeviceDriver, HostDriver, Source, make_pool
 from mbrl.envs import make_host
 from mbrl.errors import UserError
 from mbrl.seeds import Seeds
+from tests.helpers import TINY, script
 from tests.mesh import ENV, make_run
 
 HOST = Source(ENV.spec, None, lambda seed: make_host("gym:Pendulum-v1", seed, 1))
@@ -73,12 +75,24 @@ def test_too_much_is_refused_before_anything_is_allocated():
     run = make_run(Seeds.make(0, 2))
     available = memory.available_bytes(memory.own_devices(run.seeds))
     assert available is not None
-    row = memory.num_bytes(run.shapes().replay.data) // run.clock.capacity
+    row = memory.num_bytes(run.shapes.replay.data) // run.clock.capacity
     clock = run.clock._replace(capacity=10 * available // row)
     before = jax.live_arrays()
     with pytest.raises(UserError, match="the largest part is replay with"):
-        memory.check_memory(run._replace(clock=clock))
+        memory.check_memory(dataclasses.replace(run, clock=clock))
     assert not bytes_since(before)
+
+
+def test_what_does_not_fit_leaves_no_folder(tmp_path, monkeypatch):
+    """The same where only the compiled program says so."""
+
+    def refuse(*_):
+        raise UserError("too much")
+
+    monkeypatch.setattr(experiment, "compile_and_check", refuse)
+    with pytest.raises(UserError, match="too much"):
+        script("dreamer_dmc")([*TINY, "--run-dir", str(tmp_path / "run")])
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_split_batch_needs_the_networks_on_each_device():

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from mbrl import charts, compare, prediction, report, statistics
+from mbrl import charts, compare, prediction, published, report, statistics
 from mbrl.__main__ import main
 from mbrl.charts import Series
 from mbrl.errors import UserError
@@ -100,6 +100,8 @@ def test_long_lines_are_thinned_without_changing_their_mean():
     y = np.arange(10_000.0)
     thin = charts._thinned(Series("", y, y))
     assert len(thin.x) <= charts.MOST_POINTS and thin.y.mean() == pytest.approx(y.mean())
+    dots = charts._thinned(Series("", y, y, kind="dots"))
+    assert len(dots.x) <= charts.MOST_POINTS and set(dots.y) < set(y)
 
 
 def test_intervals():
@@ -194,8 +196,17 @@ def test_stored_predictions_are_shown(tmp_path):
 
 
 def test_eight_long_runs_stay_small(tmp_path):
+    """600k frames of 8 seeds with everything that a report can show, a film of 3 MiB included."""
     folder = run_folder(tmp_path / "run", 8, evaluations=60)
-    assert report.write(folder).stat().st_size < 10 * 2**20
+    steps = np.random.default_rng(0).uniform(size=(8, 50))
+    measured = {"horizon": 50, "error": {"position": steps}, "unchanged": {"position": steps}}
+    measured["example"] = {"truth": {"position": steps.T}, "predicted": {"position": steps.T}}
+    write_json(folder / report.PREDICTION, measured | {"frames": 600_000})
+    (folder / "videos").mkdir()
+    (folder / "videos" / "open_loop_bodies.gif").write_bytes(bytes(3 * 2**20))
+    page = report.write(folder).read_text()
+    assert "open_loop" not in page and "Film of bodies" in page
+    assert 4 * 2**20 < len(page) < 6 * 2**20  # base64 makes 4 MiB of the film
 
 
 def test_command_and_what_is_missing(tmp_path, capsys):
@@ -302,6 +313,20 @@ def test_a_comparison_is_shown(tmp_path, capsys, monkeypatch):
     checker = check((tmp_path / "out.html").read_text())
     assert "Performance profile" in checker.text and checker.count["svg"] >= 6
     assert (tmp_path / "out.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("agent", "row"), [("dreamer", True), ("tdmpc", True), ("pets", False)])
+def test_published_scores_are_those_of_the_runs_own_method(tmp_path, agent, row):
+    folder = run_folder(tmp_path / "run", 2, evaluations=12)
+    record = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", record | {"agent": agent})
+    found = compare.compare(compare.methods_of([str(folder)]), samples=10)
+    _, head, rows = compare.tables(found)[-1]
+    assert head == ["method", "cup_catch"] and len(rows) == 1 + row
+    if row:
+        method = published.METHODS[agent]
+        known = published.score_at("cup_catch", 120_000, method)
+        assert known is not None and rows[1] == [f"{method}, published", known.text(1)]
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,22 @@ def test_remains_of_a_run_without_config_are_not_overwritten(tmp_path, left):
         RunFolder.create(tmp_path, {})
 
 
+def test_a_check_says_what_making_would_say_and_makes_nothing(tmp_path):
+    RunFolder.check(tmp_path / "new" / "run")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("x")
+    for path, words in (("file", "is a file"), ("file/run", "Not a directory")):
+        with pytest.raises(UserError, match=words):
+            RunFolder.check(tmp_path / path)
+    with RunFolder.create(tmp_path / "run", {}) as folder:
+        with pytest.raises(UserError, match="in use"):
+            RunFolder.check(folder)
+        with pytest.raises(UserError, match="finished checkpoint"):
+            RunFolder.check(folder, resume=True)
+    with pytest.raises(UserError, match="already holds a run"):
+        RunFolder.check(tmp_path / "run")
+
+
 def test_an_empty_folder_is_free(tmp_path):
     RunFolder.create(tmp_path, {}).close()
     assert (tmp_path / "config.json").exists()

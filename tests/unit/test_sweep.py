@@ -100,6 +100,7 @@ def test_random_search_draws_from_ranges_and_lists(sweep, tmp_path):
     [
         (["--vary", "agent.entrpy=1,2"], "agent.entrpy"),
         (["--vary", "agent.entropy"], "must be FIELD=VALUES"),
+        (["--vary", "seed=1,2"], "as many as --num-seeds"),
         (["--vary", "agent.entropy=a,b"], "it must be float"),
         (["--vary", "agent.entropy=0.1:0.2"], "--search random"),
         (["--vary", "agent.entropy=0.1,0.2", "--", "--seed", "3"], "--seed belongs to the sweep"),
@@ -159,4 +160,4 @@ def test_a_member_is_resumed_by_its_own_script(tmp_path, monkeypatch):
     RunFolder.create(tmp_path, runs[0][1]).close()
     execute(replace(config, resume=True), "dreamer", make, 0, "Dreamer")
     for run, stored in runs:
-        assert stored["vary"] == vary and run.shapes().train.hyper.keys() == vary.keys()
+        assert stored["vary"] == vary and run.shapes.train.hyper.keys() == vary.keys()
