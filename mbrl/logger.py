@@ -276,9 +276,9 @@ class Progress:
 
     total, start: steps in simulator frames, ``start`` above 0 for a resumed run. every: seconds between plain
     lines. console: a rich console, by default one on stdout; its ``is_terminal`` decides. unit: what steps
-    are, "updates" where nothing is collected, and then there are neither returns nor another speed. Speeds are
-    means over the last 30 seconds or so; steps/s counts simulator frames, like the steps themselves. Use it
-    as a context manager.
+    are, "updates" where nothing is collected, and then there are neither returns nor another speed. Speeds
+    are means over the last 30 seconds or so; steps/s counts simulator frames, like the steps themselves. Use
+    it as a context manager.
     """
 
     def __init__(
