@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped, UInt8
 
 from mbrl.errors import UserError
-from mbrl.networks import BlockLinear, Dense, Linear, RMSNorm, trunc_normal_in
+from mbrl.networks import MLP, BlockLinear, Dense, Linear, RMSNorm, trunc_normal_in
 from mbrl.types import ArraySpec
 
 SMALLEST = 4
@@ -20,7 +20,7 @@ SMALLEST = 4
 WIDTHS = 2, 3, 4, 4
 """Channels of each stage that halves an image, as multiples of the depth."""
 
-Stage = Literal["conv", "patch"]
+Reading = Literal["conv", "mlp"]
 
 
 def is_image(entry: ArraySpec) -> bool:
@@ -139,26 +139,18 @@ def unfold(x: Shaped[Array, "n h w c4"]) -> Shaped[Array, "n h2 w2 c"]:
 
 
 class ImageEncoder(nn.Module):
-    """Images [..., h, w, c] -> [..., features]: stages that halve the image, then RMSNorm over the channels
-    and silu; flattened at the end.
-
-    stage: conv is a 5 x 5 convolution and the maximum of each 2 x 2 patch (published); patch is one linear
-    layer of each 2 x 2 patch, a plain matrix product.
-    """
+    """Images [..., h, w, c] -> [..., features]: stages that halve the image, each a 5 x 5 convolution, the
+    maximum of each 2 x 2 patch, RMSNorm over the channels and silu; flattened at the end."""
 
     depth: int
-    stage: Stage
 
     @nn.compact
     def __call__(self, x: Shaped[Array, "*batch h w c"]) -> Shaped[Array, "*batch o"]:
         batch, x = x.shape[:-3], x.reshape(-1, *x.shape[-3:])
         for i, width in enumerate(WIDTHS[: stages(x.shape[1:])]):
             units = self.depth * width
-            if self.stage == "conv":
-                x = Conv(units, 5, name=f"conv{i}")(x)
-                x = fold(x).reshape(*_halved(x.shape), 4, units).max(-2)
-            else:
-                x = Linear(units, name=f"patch{i}")(fold(x))
+            x = Conv(units, 5, name=f"conv{i}")(x)
+            x = fold(x).reshape(*_halved(x.shape), 4, units).max(-2)
             x = nn.silu(RMSNorm(name=f"norm{i}")(x))
         return x.reshape(*batch, -1)
 
@@ -175,7 +167,6 @@ class ImageDecoder(nn.Module):
     depth: int
     units: int
     blocks: int
-    stage: Stage
 
     @nn.compact
     def __call__(
@@ -193,14 +184,37 @@ class ImageDecoder(nn.Module):
         x = x.reshape(-1, height, width, channels) + y.reshape(-1, height, width, channels)
         x = nn.silu(RMSNorm(name="norm")(x))
         for i, multiple in enumerate(reversed(widths[:-1])):
-            x = nn.silu(RMSNorm(name=f"norm{i}")(self._double(x, self.depth * multiple, f"{self.stage}{i}")))
-        x = self._double(x, self.shape[2], "out")
+            x = nn.silu(RMSNorm(name=f"norm{i}")(UpConv(self.depth * multiple, name=f"conv{i}")(x)))
+        x = UpConv(self.shape[2], name="out")(x)
         return jax.nn.sigmoid(x.astype(jnp.float32)).reshape(*batch, *self.shape)
 
-    def _double(self, x: Array, units: int, name: str) -> Array:
-        if self.stage == "conv":
-            return UpConv(units, name=name)(x)
-        return unfold(Linear(4 * units, name=name)(x))
+
+class FlatEncoder(nn.Module):
+    """Images [..., h, w, c] -> [..., units]: an MLP of all pixels, for small pictures from a fixed camera."""
+
+    layers: int
+    units: int
+
+    @nn.compact
+    def __call__(self, x: Shaped[Array, "*batch h w c"]) -> Shaped[Array, "*batch o"]:
+        return MLP(self.layers, self.units, name="mlp")(x.reshape(*x.shape[:-3], -1))
+
+
+class FlatDecoder(nn.Module):
+    """Memory h and latent z -> images [..., height, width, channels] in [0, 1]: an MLP with an output for
+    every pixel."""
+
+    shape: tuple[int, int, int]
+    layers: int
+    units: int
+
+    @nn.compact
+    def __call__(
+        self, deter: Shaped[Array, "*batch d"], stoch: Shaped[Array, "*batch s"]
+    ) -> Float[Array, "*batch h w c"]:
+        x = jnp.concatenate([deter, stoch], -1)
+        x = MLP(self.layers, self.units, int(np.prod(self.shape)), name="mlp")(x)
+        return jax.nn.sigmoid(x.astype(jnp.float32)).reshape(*deter.shape[:-1], *self.shape)
 
 
 def check_decoder(shape: tuple[int, int, int], depth: int, blocks: int, deter: int) -> None:

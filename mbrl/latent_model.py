@@ -16,9 +16,11 @@ import jax.numpy as jnp
 from mbrl.distributions import Bernoulli, ImageMSE, OneHot, SymlogMSE, check_bins, one_hot, two_hot
 from mbrl.errors import check_at_least, check_between
 from mbrl.images import (
+    FlatDecoder,
+    FlatEncoder,
     ImageDecoder,
     ImageEncoder,
-    Stage,
+    Reading,
     centred,
     check_decoder,
     split_obs,
@@ -48,10 +50,11 @@ class LatentConfig:
     head_layers: int = 1
     """Layers of the reward and continue heads."""
     image_depth: int = 64
-    """Channels of an image's first stage are twice this, of its last four times (depth)."""
-    image_stage: Stage = "conv"
-    """How a stage halves an image. conv: 5 x 5 convolution and 2 x 2 maximum (published). patch: one linear
-    layer of each 2 x 2 patch, which costs a CPU far less."""
+    """Channels of an image's first stage are twice this, of its last four times (depth); an MLP that reads
+    images is 16 times as wide."""
+    image_reading: Reading = "conv"
+    """How images are read and drawn. conv: stages of a 5 x 5 convolution and a 2 x 2 maximum (published).
+    mlp: as vectors of all their pixels, which costs a CPU far less and suits small pictures alone."""
     image_blocks: int = 8
     """Blocks of h that each draw their own channels of a decoded image (bspace); must divide h's width."""
     unimix: float = 0.01
@@ -125,9 +128,15 @@ def make_modules(config: LatentConfig, spec: EnvSpec, feature_size: int) -> dict
     modules["cont"] = MLP(c.head_layers, c.units, 1), [(feature_size,)]
     if images:
         shape = stacked_shape(images)
-        check_decoder(shape, c.image_depth, c.image_blocks, feature_size - stoch)
-        modules["image_encoder"] = ImageEncoder(c.image_depth, c.image_stage), [shape]
-        draw = ImageDecoder(shape, c.image_depth, c.units, c.image_blocks, c.image_stage)
+        if c.image_reading == "conv":
+            check_decoder(shape, c.image_depth, c.image_blocks, feature_size - stoch)
+            read = ImageEncoder(c.image_depth)
+            draw = ImageDecoder(shape, c.image_depth, c.units, c.image_blocks)
+        else:
+            width = 16 * c.image_depth
+            read = FlatEncoder(c.encoder_layers, width)
+            draw = FlatDecoder(shape, c.decoder_layers, width)
+        modules["image_encoder"] = read, [shape]
         modules["image_decoder"] = draw, [(feature_size - stoch,), (stoch,)]
     return modules
 

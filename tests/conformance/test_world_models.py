@@ -27,7 +27,7 @@ LATENT |= dict(bin_limit=4.0, free_nats=0.0, image_depth=2, image_blocks=2)
 SSM = LATENT | dict(width=8, layers=2, ssm_size=8, ssm_blocks=2)
 TINY = {
     "rssm": LATENT | dict(deter=16, blocks=2),
-    "rssm:frame": LATENT | dict(deter=16, blocks=2, post_uses_deter=False),
+    "rssm:frame": LATENT | dict(deter=16, blocks=2, post_uses_deter=False, image_reading="mlp"),
     "s4wm": SSM,
     "r2i": SSM | dict(deter=12),
     "transformer": LATENT | dict(width=8, layers=2, heads=2, window=3, mlp_factor=2, concat_layers=True),

@@ -74,8 +74,14 @@ def command():
         ("--agent.optimiser.learning-rate nan", ["optimiser.learning_rate", "nan"]),
         ("--task probe_action_discrete", ["agent.actor_grad", "dynamics", "discrete"]),
         ("--task tmaze:5 --obs pixels", ["--task", "tmaze:5", "no pictures", "pendulum"]),
-        ("--task pendulum --obs pixels --camera.size 36", ["36 x 36", "multiples of"]),
-        ("--task pendulum --obs both --model.image-blocks 3", ["model.image_blocks", "3", "divide"]),
+        (
+            "--task pendulum --obs pixels --camera.size 36 --model.image-reading conv",
+            ["36 x 36", "multiples of"],
+        ),
+        (
+            "--task pendulum --obs both --model.image-reading conv --model.image-blocks 3",
+            ["model.image_blocks", "3", "divide"],
+        ),
         ("--planner mpi", ["--planner", "mpi", "mppi", "none"]),
         ("--planner mppi --search.samples 32", ["search.elites", "64", "search.samples"]),
         ("--debug --num-seeds 2", ["--debug", "num_seeds is 2"]),

@@ -10,7 +10,7 @@ import pytest
 from mbrl import images
 from mbrl.distributions import ImageMSE
 from mbrl.errors import UserError
-from mbrl.images import Conv, ImageDecoder, ImageEncoder, StridedConvs, UpConv
+from mbrl.images import Conv, FlatDecoder, FlatEncoder, ImageDecoder, ImageEncoder, StridedConvs, UpConv
 from mbrl.types import ArraySpec
 
 RNG = np.random.default_rng(0)
@@ -45,7 +45,7 @@ def close(ours, theirs):
 def test_encoder():
     """5 x 5 convolution, maximum of 2 x 2, RMSNorm over channels, silu; two stages of 2 and 3 times the depth."""
     x = RNG.uniform(-0.5, 0.5, (2, 16, 16, 3))
-    module = ImageEncoder(2, "conv")
+    module = ImageEncoder(2)
     params = randomised(module, jnp.float32(x))
     y = x
     for i in range(2):
@@ -57,13 +57,22 @@ def test_encoder():
     close(module.apply({"params": params}, jnp.float32(x)), y.reshape(2, -1))
 
 
-def test_patch_stage_is_a_convolution_of_stride_2():
-    x = RNG.normal(size=(2, 8, 8, 3))
-    module = ImageEncoder(2, "patch")
-    params = randomised(module, jnp.float32(x))
-    kernel = params["patch0"]["kernel"].reshape(2, 2, 3, 4)
-    y = norm_silu(convolve(x, kernel, params["patch0"]["bias"], 2, 0), params["norm0"]["scale"])
-    close(module.apply({"params": params}, jnp.float32(x)), y.reshape(2, -1))
+def test_flat_networks():
+    """MLPs from all pixels to a vector, and from h and z to the brightness of every pixel."""
+    x, h, z = RNG.uniform(-0.5, 0.5, (2, 4, 3, 3)), RNG.normal(size=(2, 5)), RNG.normal(size=(2, 3))
+
+    def layer(params, x):
+        return norm_silu(x @ params["linear"]["kernel"] + params["linear"]["bias"], params["norm"]["scale"])
+
+    read = FlatEncoder(layers=2, units=6)
+    params = randomised(read, jnp.float32(x))
+    y = layer(params["mlp"]["dense1"], layer(params["mlp"]["dense0"], x.reshape(2, -1)))
+    close(read.apply({"params": params}, jnp.float32(x)), y)
+    draw = FlatDecoder((4, 3, 3), layers=1, units=6)
+    params = randomised(draw, jnp.float32(h), jnp.float32(z))["mlp"]
+    y = layer(params["dense0"], np.concatenate([h, z], -1)) @ params["out"]["kernel"] + params["out"]["bias"]
+    drawn = draw.apply({"params": {"mlp": params}}, jnp.float32(h), jnp.float32(z))
+    close(drawn, (1 / (1 + np.exp(-y))).reshape(2, 4, 3, 3))
 
 
 def test_upsampling_convolution():
@@ -80,7 +89,7 @@ def test_upsampling_convolution():
 def test_decoder():
     """Blocks of h draw channels of their own, z all of them; then upsampling stages, and brightness in [0, 1]."""
     h, z = RNG.normal(size=(2, 12)), RNG.normal(size=(2, 5))
-    module = ImageDecoder((16, 16, 3), depth=2, units=3, blocks=3, stage="conv")
+    module = ImageDecoder((16, 16, 3), depth=2, units=3, blocks=3)
     params = randomised(module, jnp.float32(h), jnp.float32(z))
     channels = []
     for block in range(3):  # 4 numbers of h -> 4 x 4 pixels of 2 channels
@@ -182,7 +191,7 @@ def test_impossible_networks():
 def test_dtype():
     """Activations in bfloat16 where the input is; pictures are float32."""
     x = jnp.zeros((1, 8, 8, 3), jnp.bfloat16)
-    encoder, decoder = ImageEncoder(2, "conv"), ImageDecoder((8, 8, 3), 2, 4, 2, "conv")
+    encoder, decoder = ImageEncoder(2), ImageDecoder((8, 8, 3), 2, 4, 2)
     out = encoder.init_with_output(jax.random.key(0), x)[0]
     assert out.dtype == jnp.bfloat16 and Conv(2, 3).init_with_output(jax.random.key(0), x)[0].dtype == x.dtype
     h, z = jnp.zeros((1, 4), jnp.bfloat16), jnp.zeros((1, 4), jnp.bfloat16)
