@@ -85,7 +85,8 @@ class Backbone(NamedTuple):
     imagine_init(params, starts, horizon) -> state
     imagine_step(params, ctx, state [...], action, key) -> state [...]
     features(params, state [...]) -> [..., F], of which the last S C are z
-    feature_size: F. param_groups(), emit and storable as in `WorldModel`.
+    feature_size: F. unpredictive: how many of the first features only actor and critic read, not the heads.
+    param_groups(), emit and storable as in `WorldModel`.
     """
 
     init: Callable[..., Any]
@@ -98,6 +99,7 @@ class Backbone(NamedTuple):
     features: Callable[..., Array]
     feature_size: int
     param_groups: Callable[[], dict[str, dict[str, float]]]
+    unpredictive: int = 0
     emit: Callable[[Any], Any] = whole
     storable: bool = True
 
@@ -152,10 +154,13 @@ def make(config: LatentConfig, spec: EnvSpec, backbone: Backbone) -> WorldModel:
     check_bins("model", config.bins, config.bin_limit)
     dtype = jnp.dtype(config.dtype)
     images, vectors = split_obs(spec.obs)
-    modules = make_modules(config, spec, backbone.feature_size)
+    modules = make_modules(config, spec, backbone.feature_size - backbone.unpredictive)
 
     def call(name, params, *inputs):
         return apply(modules[name][0], params[name], *(x.astype(dtype) for x in inputs))
+
+    def predictive(features):
+        return features[..., backbone.unpredictive :]
 
     def encode(params, obs):
         parts = []
@@ -166,13 +171,14 @@ def make(config: LatentConfig, spec: EnvSpec, backbone: Backbone) -> WorldModel:
         return jnp.concatenate(parts, -1)
 
     def reward_dist(params, features):
-        return two_hot(call("reward", params, features), config.bin_limit)
+        return two_hot(call("reward", params, predictive(features)), config.bin_limit)
 
     def cont_dist(params, features):
-        return Bernoulli(call("cont", params, features)[..., 0].astype(jnp.float32))
+        return Bernoulli(call("cont", params, predictive(features))[..., 0].astype(jnp.float32))
 
     def decode(params, features):
         dists: dict[str, Any] = {}
+        features = predictive(features)
         for key, out in call("decoder", params, features).items() if vectors else ():
             entry, out = spec.obs[key], out.astype(jnp.float32)
             if entry.classes is None:

@@ -49,9 +49,10 @@ class S4WMConfig(FrameConfig):
     mlp: bool = True
     """A two-layer MLP after each state-space layer (S4WM)."""
     deter: int = 0
-    """Width of an output projection to h (R2I); 0: h is the stack's output."""
+    """Width of an output projection to h, with SiLU (R2I); 0: h is the stack's output."""
     hidden_features: bool = False
-    """Whether features also hold the states of all layers (R2I), as real and imaginary parts."""
+    """Whether actor and critic also read the states of all layers (R2I), as real and imaginary parts, shrunk
+    to a vector shorter than 1."""
     learned_reset: bool = False
     """Learn the state that an episode begins with, else zeros."""
     scan_impl: ScanImpl = "auto"
@@ -218,7 +219,7 @@ class S4WM(nn.Module):
 
     def finish(self, x: Array) -> Array:
         x = self.out_norm(x) if self.out_norm else x
-        return self.out(x) if self.out else x
+        return nn.silu(self.out(x)) if self.out else x
 
     def inputs(self, stoch: Array, action: Array) -> Array:
         return self.latent.inputs(stoch, action)
@@ -312,7 +313,9 @@ def backbone(config: S4WMConfig, action_size: int) -> Backbone:
     def features(params, state):
         parts = [state["deter"], flat(state["stoch"])]
         if hidden:
-            parts.insert(1, state["ssm"].reshape(*state["ssm"].shape[:-3], hidden).astype(dtype))
+            # Raw states grow over an episode, until little of what an actor reads is z, what is seen now.
+            ssm = state["ssm"].reshape(*state["ssm"].shape[:-3], hidden)
+            parts.insert(0, (ssm / jnp.sqrt(1 + jnp.square(ssm).sum(-1, keepdims=True))).astype(dtype))
         return jnp.concatenate(parts, -1)
 
     return Backbone(
@@ -324,7 +327,8 @@ def backbone(config: S4WMConfig, action_size: int) -> Backbone:
         imagine_init=lambda params, starts, horizon: starts.states,
         imagine_step=imagine_step,
         features=features,
-        feature_size=deter + config.stoch * config.classes + hidden,
+        feature_size=hidden + deter + config.stoch * config.classes,
+        unpredictive=hidden,
         param_groups=lambda: {
             r".*/ssm/(rate_log|rate_imag|step_log|B|reset)$": {
                 "lr_scale": config.ssm_lr_scale,

@@ -93,6 +93,27 @@ def test_small_presets_are_comparable(name):
     assert 0.75 < count(name) / count("rssm") < (2.2 if name == "koopman" else 1.8)
 
 
+def test_states_among_the_features_do_not_drown_the_latent():
+    """R2I's features: the layers' states shortened to x / sqrt(1 + |x|^2), h, z. Reward, continuation and
+    decoder do not read the states."""
+    config = S4WMConfig(layers=2, ssm_size=4, ssm_blocks=2, hidden_features=True)
+    backbone = s4wm.backbone(config, 2)
+    state = backbone.init_state(None, 1)
+    ssm = jax.random.normal(jax.random.key(0), state["ssm"].shape)
+    for scale in (0.0, 1.0, 1e6):
+        features = backbone.features(None, state | {"ssm": scale * ssm})
+        x = scale * ssm.ravel()
+        expected = x / jnp.sqrt(1 + (x * x).sum())
+        assert jnp.allclose(features[0, : x.size], expected, rtol=1e-6)
+        assert features.shape == (1, backbone.feature_size) and jnp.linalg.norm(features) <= 1 + 1e-6
+    assert backbone.unpredictive == ssm.size
+    model = s4wm.make(config, SPEC)
+    params = model.init(jax.random.key(0))
+    state = model.init_state(params, 1)
+    said = [model.predict(params, state | {"ssm": x * ssm}) for x in (0.0, 1.0)]
+    assert said[0].reward == said[1].reward and said[0].cont == said[1].cont
+
+
 @pytest.mark.parametrize(
     "make",
     [
