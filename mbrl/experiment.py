@@ -125,7 +125,8 @@ def resumed(
 ) -> C:
     """The stored config; flags may repeat it but not change it, but for those that are ``FREE``."""
     run_dir = early.run_dir
-    stored = RunFolder.config_of(run_dir).get("config", {})
+    record = RunFolder.config_of(run_dir)
+    stored = record.get("config", {})
     if "preset" not in stored:
         raise UserError(
             f"--run-dir {run_dir} holds a run of another script, which cannot be resumed by this one"
@@ -136,7 +137,13 @@ def resumed(
         use_cpu_devices(stored["num_seeds"], max(1, early.data_parallel))
     # A run from before a part could be chosen has the default one.
     named = {name: stored.get(name, value) for name, value in parts.items()}
-    config = override(default(stored["preset"], **named), stored)
+    try:
+        config = override(default(stored["preset"], **named), stored)
+    except UserError as error:
+        agent = record.get("agent", "dreamer")
+        raise UserError(
+            f"--run-dir {run_dir} holds a run of the agent {agent}, which this script cannot resume: {error}"
+        ) from error
     config = dataclasses.replace(config, run_dir=run_dir, resume=True)
     unset = {name: getattr(Experiment, name) for name in FREE}
     given = parse_flags(argv, dataclasses.replace(config, **unset))

@@ -275,18 +275,26 @@ class Progress:
     """How far a run is: a bar on a terminal, else one plain line every ``every`` seconds.
 
     total, start: steps in simulator frames, ``start`` above 0 for a resumed run. every: seconds between plain
-    lines. console: a rich console, by default one on stdout; its ``is_terminal`` decides. Speeds are means
-    over the last 30 seconds or so; steps/s counts simulator frames, like the steps themselves.
-    Use it as a context manager.
+    lines. console: a rich console, by default one on stdout; its ``is_terminal`` decides. unit: what steps
+    are, "updates" where nothing is collected, and then there are neither returns nor another speed. Speeds
+    are means over the last 30 seconds or so; steps/s counts simulator frames, like the steps themselves. Use
+    it as a context manager.
     """
 
-    def __init__(self, total: int, start: int = 0, every: float = 10.0, console: Console | None = None):
+    def __init__(
+        self,
+        total: int,
+        start: int = 0,
+        every: float = 10.0,
+        console: Console | None = None,
+        unit: str = "steps",
+    ):
         self.console = console or Console(file=sys.stdout, highlight=False)
-        self.total, self.start, self.every = total, start, every
-        self._marks: deque[tuple[float, int, int]] = deque(maxlen=200)  # (time, steps, updates)
+        self.total, self.start, self.every, self.unit = total, start, every, unit
+        self._marks: deque[tuple[float, int, int]] = deque()  # (time, steps, updates)
         self._printed = time.monotonic()  # the first plain line comes after ``every`` seconds
         self._latest = ""
-        self._bar = _make_bar(self.console, total, start) if self.console.is_terminal else None
+        self._bar = _make_bar(self.console, total, start, unit) if self.console.is_terminal else None
 
     def __enter__(self) -> Progress:
         if self._bar is not None:
@@ -303,6 +311,8 @@ class Progress:
         finished one yet; None when there are none. updates: gradient steps so far, per seed.
         """
         now = time.monotonic()
+        if len(self._marks) > 1 and now - self._marks[-2][0] < 0.2:
+            self._marks.pop()  # calls may follow each other much faster than what they ask for is computed
         self._marks.append((now, int(step), int(updates or 0)))
         while len(self._marks) > 2 and now - self._marks[0][0] > 30.0:
             self._marks.popleft()
@@ -317,11 +327,14 @@ class Progress:
             "rates": f"{_rate(updates_per_second)} updates/s  {_rate(per_second)} steps/s",
             "eta": f"ETA {format_seconds(eta)}",
         }
+        if self.unit == "updates":
+            texts |= {"returns": "", "rates": f"{_rate(updates_per_second)} updates/s"}
         if self._bar is not None:
             _show(self._bar, min(step, self.total), texts)
             return
         percent = f"{100 * step / max(self.total, 1):.0f} %"
-        self._latest = f"{step:,} / {self.total:,} steps ({percent})  " + "  ".join(texts.values())
+        self._latest = f"{step:,} / {self.total:,} {self.unit} ({percent})  "
+        self._latest += "  ".join(filter(None, texts.values()))
         if now - self._printed >= self.every:
             self._print_latest(now)
 
@@ -346,17 +359,17 @@ class Progress:
         self._printed, self._latest = now, ""
 
 
-def _make_bar(console: Console, total: int, start: int) -> progress.Progress:
+def _make_bar(console: Console, total: int, start: int, unit: str) -> progress.Progress:
     bar = progress.Progress(
         # Two lines, so that everything fits a terminal of 80 columns beside the bar.
-        progress.TextColumn("{task.completed:,.0f}/{task.total:,.0f} steps\n{task.fields[eta]}"),
+        progress.TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit + "\n{task.fields[eta]}"),
         progress.BarColumn(bar_width=None),
         progress.TextColumn("[bold]{task.fields[returns]}[/]\n{task.fields[rates]}"),
         console=console,
         refresh_per_second=4,  # it shares the cores with the training
         expand=True,
     )
-    bar.add_task("", total=total, completed=start, returns="return -", rates="", eta="ETA -")
+    bar.add_task("", total=total, completed=start, returns="", rates="", eta="ETA -")
     return bar
 
 

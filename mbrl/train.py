@@ -128,15 +128,18 @@ def train(
     every = {"log": config.log_every, "evaluate": config.eval_every, "save": config.checkpoint_every}
     due = {k: clock.every(v, driver.stride) if v else clock.total for k, v in every.items()}
     first_calls = {iteration, max(iteration, clock.prefill)}
+    unit = "steps" if clock.unit == "frames" else clock.unit
     with (
         Logger(folder, seeds.seeds, sinks=sinks) as logger,
-        Progress(clock.total * clock.frames, iteration * clock.frames) as progress,
+        Progress(clock.total * clock.frames, iteration * clock.frames, unit=unit) as progress,
         Interruption() as interruption,
     ):
         monitor = Monitor(seeds, logger, progress, clock.unit)
         if resume:
             logger.truncate_to(iteration * clock.frames)
             monitor.set_pending(meta["pending"])
+            if iteration >= clock.total:
+                progress.say("this run is finished: its results again (--from-run starts a new one from it)")
         while iteration < clock.total:
             learning, compiling = iteration >= clock.prefill, iteration in first_calls
             if iteration == clock.prefill and clock.pretrain:

@@ -16,7 +16,6 @@ from mbrl.types import EnvSpec, Trajectory
 from tests.reliability.test_command import TINY, TINY_TDMPC, load
 
 SPEC = envs.make_jax("pendulum").spec
-FLAGS = {"dreamer_dmc": TINY, "tdmpc_dmc": TINY_TDMPC}
 FEW = "--steps 40 --loop.log-every 20 --loop.checkpoint-every 20 --loop.eval-every 20".split()  # noqa: SIM905
 
 
@@ -55,31 +54,41 @@ def test_columns_by_hand():
         dataset.columns(found, 2, 6)
 
 
-@pytest.mark.parametrize("script", [pytest.param("dreamer_dmc", marks=pytest.mark.slow), "tdmpc_dmc"])
-def test_learns_resumes_and_loads(tmp_path, data, script, monkeypatch):
-    """Without an environment: updates are the clock, nothing is evaluated, and a run that was stopped ends as
-    the one that was not."""
+@pytest.mark.slow
+def test_dreamer_learns_and_loads(tmp_path, data):
+    """Without an environment: updates are the clock, nothing is evaluated."""
+    learned(load("dreamer_dmc"), [*TINY, *FEW, "--offline", str(data)], tmp_path / "run")
+
+
+def learned(main, flags, folder):
+    """A finished run, whose agents act."""
+    main([*flags, "--run-dir", str(folder)])
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["updates"] == summary["env_steps"] == 40 and "eval_return" not in summary
+    found = mbrl.load(folder)
+    action, _ = found.act({k: np.zeros(a.shape, np.float32) for k, a in SPEC.obs.items()})
+    assert action.shape == (1,) and np.isfinite(action).all() and found.spec == SPEC
+    with pytest.raises(UserError, match="without an environment"):
+        found.evaluate()
+    return found
+
+
+def test_tdmpc_learns_resumes_and_loads(tmp_path, data, monkeypatch):
+    """The same, and a run that was stopped ends as the one that was not."""
     from mbrl import checkpoints, train
 
     whole, part = tmp_path / "whole", tmp_path / "part"
-    flags = [*FLAGS[script], *FEW, "--offline", str(data)]
-    main = load(script)
-    main([*flags, "--run-dir", str(whole)])
-    summary = json.loads((whole / "summary.json").read_text())
-    assert summary["updates"] == summary["env_steps"] == 40 and "eval_return" not in summary
+    flags, main = [*TINY_TDMPC, *FEW, "--offline", str(data)], load("tdmpc_dmc")
+    found = learned(main, flags, whole)
     with monkeypatch.context() as patched:
         kept = checkpoints.save
         patched.setattr(train.checkpoints, "save", lambda *args, **k: kept(*args, **k) and stop())
         with pytest.raises(KeyboardInterrupt):
             main([*flags, "--run-dir", str(part)])
+    with pytest.raises(UserError, match="a run of the agent tdmpc, which this script cannot resume"):
+        load("dreamer_dmc")(["--resume", "--run-dir", str(part)])
     main(["--resume", "--run-dir", str(part)])
-    found, same = mbrl.load(whole), mbrl.load(part)
-    jax.tree.map(np.testing.assert_array_equal, found.train, same.train)
-    obs = {k: np.zeros(a.shape, np.float32) for k, a in SPEC.obs.items()}
-    action, _ = found.act(obs)
-    assert action.shape == (1,) and found.spec == SPEC
-    with pytest.raises(UserError, match="without an environment"):
-        found.evaluate()
+    jax.tree.map(np.testing.assert_array_equal, found.train, mbrl.load(part).train)
 
 
 def stop():

@@ -239,6 +239,20 @@ def test_no_speed_is_shown_before_there_is_one(monkeypatch):
     assert [line.split("ETA ")[1] for line in console.file.getvalue().splitlines()] == ["-", "-", "-", "1:28"]
 
 
+def test_offline_progress_counts_updates_that_are_computed(monkeypatch):
+    """A burst of calls, of updates that were only asked for, is no speed."""
+    clock = [0.0]
+    monkeypatch.setattr("mbrl.logger.time.monotonic", lambda: clock[0])
+    console = plain_console()
+    with Progress(1000, every=100.0, console=console, unit="updates") as progress:
+        for burst in range(10):
+            for i in range(50):
+                clock[0] = burst + i / 10_000
+                progress.update(50 * burst + i + 1, [np.nan], updates=50 * burst + i + 1)
+    (line,) = console.file.getvalue().splitlines()
+    assert line == "500 / 1,000 updates (50 %)  55.4 updates/s  ETA 9s"
+
+
 def test_progress_on_a_terminal_is_a_bar():
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     with Progress(1000, start=500, console=console) as progress:
