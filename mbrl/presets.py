@@ -116,9 +116,9 @@ def _s() -> Preset:
 def _s_pixels() -> Preset:
     """`_s` for small pictures: reconstruction sums over their pixels, so it weighs less."""
     preset = _s()
-    preset["agent"] |= {"scale_rec": 5.0}
+    preset["agent"] |= {"scale_rec": 1.0}
     for name in FRAME:
-        preset[f"agent/{name}"] |= {"scale_rec": 5.0}
+        preset[f"agent/{name}"] |= {"scale_rec": 1.0}
     return preset | {"camera": {"size": 32}}
 
 
