@@ -18,6 +18,7 @@ import jax
 import pytest
 
 import world_models
+from mbrl import experiment
 from mbrl.config import check_config, override
 from mbrl.errors import UserError
 from mbrl.run_folder import RunFolder
@@ -199,7 +200,7 @@ def no_run(monkeypatch):
     """Nothing may reach the run folder, and nothing may be compiled."""
     compiled = []
 
-    def accept(path, config):
+    def accept(*args):
         raise Accepted
 
     def listen(event, duration, **kwargs):
@@ -208,6 +209,7 @@ def no_run(monkeypatch):
 
     kept = RunFolder.create
     monkeypatch.setattr(RunFolder, "create", accept)
+    monkeypatch.setattr(experiment, "compile_and_check", accept)
     jax.monitoring.register_event_duration_secs_listener(listen)
     monkeypatch.setenv("COLUMNS", "400")
     yield kept

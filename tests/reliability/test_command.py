@@ -83,7 +83,7 @@ def command():
             ["model.image_blocks", "3", "divide"],
         ),
         ("--planner mpi", ["--planner", "mpi", "mppi", "none"]),
-        ("--planner mppi --search.samples 32", ["search.elites", "64", "search.samples"]),
+        ("--planner mppi --search.samples 8", ["search.policy_samples", "24", "search.samples"]),
         ("--debug --num-seeds 2", ["--debug", "num_seeds is 2"]),
         ("--loop.replay-size 4", ["loop.replay_size", "4"]),
         ("--task pendulum --loop.env-workers 2", ["loop.env_workers is 2", "pendulum", "must be 0"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -47,7 +48,8 @@ class OneCompilation(Run):
 @pytest.fixture(scope="module")
 def run():
     seeds = on_one_device(0, 1)
-    yield OneCompilation(*tiny_run(SOURCE, seeds, ITERATIONS, **SETTINGS))
+    made = tiny_run(SOURCE, seeds, ITERATIONS, **SETTINGS)
+    yield OneCompilation(**{field.name: getattr(made, field.name) for field in dataclasses.fields(made)})
     OneCompilation.made.clear()
 
 

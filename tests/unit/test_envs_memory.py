@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import builtins
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -116,14 +116,7 @@ def test_memory_chain(played):
 
 
 def test_memory_chain_without_gymnax_is_one_sentence(monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name == "gymnax":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "gymnax", None)
     with pytest.raises(UserError, match=r"memory_chain needs gymnax.*pip install 'mbrl-jax\[gymnax\]'"):
         envs.make_jax("memory_chain:5")
 

@@ -229,7 +229,8 @@ def test_preset_is_consistent(name):
     loop = override(LoopConfig(), values["loop"])
     search = override(MPPIConfig(), values["search"].get("mppi", {}))
     clock = make_clock(loop, 100_000, loop.batch_length + 1)
-    assert loop.batch_length == search.horizon == 3 and loop.prefill_random and not loop.replay_online
+    assert loop.batch_length == 3 and search.horizon == (5 if name == "s" else 3)
+    assert loop.prefill_random and not loop.replay_online
     per_step = clock.updates / (clock.rows * loop.num_envs)
     assert clock.rows == 1 and per_step == (0.5 if name == "s" else 1.0)
     if name != "s":
