@@ -185,7 +185,10 @@ def execute(
         use_debugging(config.num_seeds)
     stored = {"agent": kind, "config": dataclasses.asdict(config)}
     length = config.loop.batch_length + extra_rows
-    stored |= find_padding(config, kind)
+    starts = config.from_run and not config.resume
+    # Of TD-MPC2 alone: the others learn a single task.
+    before = stored_source(RunFolder.config_of(config.from_run)).spec if starts and kind == "tdmpc" else None
+    stored |= find_padding(config, before)
     if config.offline:
         source, recorded, rows = find_data(config, length, stored)
         # Served in order first, recorded episodes would come one by one.
@@ -212,8 +215,10 @@ def execute(
     run_dir = config.run_dir or default_folder(source.spec.name, config.preset)
     stored |= {"vary": dict(vary)} if vary else {}
     start: dict[str, Any] = {}
-    if config.from_run and not config.resume:
-        mixture = find_embeddings(config, source.spec) if source.spec.tasks or "padding" in stored else None
+    if starts:
+        mixture = None
+        if before is not None and (before.tasks or source.spec.tasks):
+            mixture = multitask.embeddings(before, source.spec, config.task_like)
         start = learned_by(config.from_run, run.shapes.train, len(seeds), mixture)
     if vary:
         start |= {"hyper": {field: np.array(values, np.float32) for field, values in vary.items()}}
@@ -240,22 +245,16 @@ def check_tasks(config: Experiment, kind: str, spec: EnvSpec) -> None:
         )
 
 
-def find_padding(config: Experiment, kind: str) -> dict[str, Any]:
+def find_padding(config: Experiment, before: EnvSpec | None) -> dict[str, Any]:
     """What is stored of a run that starts from an agent of several tasks: ``padding``, the widths of
-    observation and action that its networks take."""
+    observation and action that its networks take. before: what --from-run learned, where that can be several
+    tasks."""
     if config.resume:
         stored = RunFolder.config_of(config.run_dir)
         return {"padding": stored["padding"]} if "padding" in stored else {}
-    if not config.from_run or kind != "tdmpc":
+    if before is None or not before.tasks:
         return {}
-    before = stored_source(RunFolder.config_of(config.from_run)).spec
-    return {"padding": [before.obs[STATE].size, before.action.size]} if before.tasks else {}
-
-
-def find_embeddings(config: Experiment, spec: EnvSpec) -> np.ndarray:
-    """How the embeddings of the tasks of ``spec`` begin (`mbrl.multitask.embeddings`)."""
-    before = stored_source(RunFolder.config_of(config.from_run)).spec
-    return multitask.embeddings(before, spec, config.task_like)
+    return {"padding": [before.obs[STATE].size, before.action.size]}
 
 
 def find_data(
