@@ -38,6 +38,8 @@ class Config:
     """Act by this planner (mppi, icem, ...) instead of the run's own; none acts by the policy alone."""
     value: float | None = None
     """Weight of the terminal value in a planner's score instead of the run's own."""
+    uncertainty: str | None = None
+    """Weights of named uncertainties in a planner's score instead of the run's own, as in disagreement=-1."""
     video: Path | None = None
     """Film one episode of the first seed into this MP4 file."""
     json: Path | None = None
@@ -68,7 +70,9 @@ def main(argv: Sequence[str]) -> None:
     use_cpu_devices(stored.get("num_seeds", 1))
     use_compilation_cache()
     acting: dict[str, Any] = {} if config.planner is None else {"planner": config.planner}
-    acting |= {} if config.value is None else {"plan": {"value": config.value}}
+    weights = {name: getattr(config, name) for name in ("value", "uncertainty")}
+    weights = {name: given for name, given in weights.items() if given is not None}
+    acting |= {"plan": weights} if weights else {}
     run = mbrl.load(config.run_dir, **acting)
     began = time.perf_counter()
     returns = run.evaluate(config.num_episodes or None)

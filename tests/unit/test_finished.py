@@ -126,6 +126,12 @@ def test_acting_by_another_planner(run, run_dir):
         mbrl.load(run_dir, agent={})
 
 
+def test_evaluate_weighs_uncertainties(run_dir):
+    """The flag reaches the plan: Dreamer reports none, so the planner that it names refuses the weight."""
+    with pytest.raises(UserError, match="weighs 'disagreement', but this model has: none"):
+        script("evaluate")([str(run_dir), "--planner", "random", "--uncertainty", "disagreement=-1"])
+
+
 def test_another_planner_has_its_own_settings():
     stored = {"config": {"planner": "mppi", "search": {"elites": 3}, "plan": {"particles": 2}}}
     same = finished.act_by(stored, {"plan": {"value": 0.0}})["config"]
