@@ -250,7 +250,8 @@ class Agent(NamedTuple):
     act(train, actor [E], obs {key: [E, ...]}, is_first [E], key, mode) -> (action [E, A], actor, info);
         mode is the static string "train" (explore), "eval" (deterministic given the key) or "watch" (keep
         memory up to date: a random action replaces the one returned);
-        info["latent"] is what replay stores where latents serve as context
+        info["latent"] is what replay stores where latents serve as context; info["noise"] [E, A], of agents
+        that explore by adding to an action, is what was added: a planner adds it to the action that it chose
     update(train, traj [T, B], key) -> (train, UpdateInfo); ONE gradient step
     """
 

@@ -265,6 +265,7 @@ def make(config: DreamerConfig, spec: EnvSpec, model: WorldModel, discount: Any,
         else:
             action, noise = explore(dist, noise, is_first, action_key)
         info = {"latent": state if config.replay_context else ()}
+        info |= {} if discrete else {"noise": action - dist.mode()}
         return action, ActorState(state, action, noise), info
 
     def select_starts(starts: Starts, key) -> Starts:

@@ -41,8 +41,9 @@ def with_planner(
     """``agent`` acting by ``planner`` instead of its policy, in training and evaluation.
 
     acting_params(train, mode) -> parameters for the planner's simulator. The agent's acting state has a field
-    ``state``, the simulator's acting state, and a field ``action``. Its policy's own noise is not used: the
-    search rule explores, or does not. explore: the objective in mode "train", where it is another one.
+    ``state``, the simulator's acting state, and a field ``action``. What explores in training is the noise
+    that the agent reports, added to the action of a search that acts as in evaluation; without it the search
+    rule explores, or does not. explore: the objective in mode "train", where it is another one.
     """
 
     def init_actor(train, batch: int) -> PlanningState:
@@ -57,7 +58,10 @@ def with_planner(
             return action, actor._replace(agent=state, action=action), info
         params = acting_params(train, mode)
         aim = objective if explore is None or mode == "eval" else explore
-        action, plan, traces = planner.plan(params, aim, actor.plan, state.state, is_first, plan_key, mode)
+        noise = info.get("noise") if mode == "train" else None
+        plan_mode = mode if noise is None else "eval"
+        action, plan, traces = planner.plan(params, aim, actor.plan, state.state, is_first, plan_key, plan_mode)
+        action = action if noise is None else action + noise
         return action, PlanningState(state._replace(action=action), plan, action), info | {"plan": traces}
 
     return agent._replace(init_actor=init_actor, act=act)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from functools import partial
@@ -35,6 +36,7 @@ CONFIG = DreamerConfig(
 )
 MODEL = rssm.make(RSSMConfig(deter=8, blocks=1, bin_limit=4.0, **LATENT), SPEC)
 AGENT = dreamer.make(CONFIG, SPEC, MODEL, 0.99, total_updates=100)
+LASTING = dreamer.make(dataclasses.replace(CONFIG, noise_correlation=0.999), SPEC, MODEL, 0.99, 100)
 ONE = dict(samples=1, elites=1, policy_samples=1, iterations=1, horizon=2)
 
 
@@ -47,7 +49,7 @@ def train():
     return state._replace(actor_average=average, params=jax.tree.map(lambda x: noisy(x, 2), state.params))
 
 
-def planning(name: str, fields: dict[str, Any], greedy: bool = False):
+def planning(name: str, fields: dict[str, Any], greedy: bool = False, agent=AGENT):
     simulator = dreamer.make_simulator(CONFIG, SPEC, MODEL, 1.0)
     if greedy:
         sample = simulator.policy
@@ -55,7 +57,7 @@ def planning(name: str, fields: dict[str, Any], greedy: bool = False):
     factory = load_factory("--planner", name, planners.REGISTRY)
     rule = factory(override(config_type(factory)(), fields), SPEC.action)
     planner = make_planner(simulator, rule)
-    return with_planner(AGENT, planner, make_objective(), partial(dreamer.acting_params, CONFIG))
+    return with_planner(agent, planner, make_objective(), partial(dreamer.acting_params, CONFIG))
 
 
 def episode(agent, train, mode: str, steps: int = 4):
@@ -87,10 +89,28 @@ def test_a_search_of_one_sample_without_noise_is_the_policy(train, name, fields)
     np.testing.assert_array_equal(planned[1].agent.action, planned[0])
 
 
+@pytest.mark.parametrize(("name", "fields"), [("policy", {}), ("mppi", ONE)], ids=["policy", "mppi"])
+def test_a_planner_explores_by_the_noise_of_the_policy(train, name, fields):
+    """Around the policy's own action that is what the policy does: with the same noise at the first step, and
+    at the second, where it goes on from the first in all environments but the one that begins an episode."""
+    ours, actor = planning(name, fields, greedy=True, agent=LASTING), LASTING.init_actor(train, E)
+    mine, first, previous = ours.init_actor(train, E), jnp.ones(E, bool), 0.0
+    act, acted = jax.jit(ours.act, static_argnums=5), jax.jit(LASTING.act, static_argnums=5)
+    for step in range(2):
+        obs, key = {"state": jnp.full((E, 3), 1.0 - step)}, jax.random.key(step)
+        planned, mine, _ = act(train, mine, obs, first, key, "train")
+        action, actor, info = acted(train, actor, obs, first, jax.random.split(key)[0], "train")
+        np.testing.assert_allclose(planned, action, rtol=1e-5, atol=1e-6)
+        moved = np.abs(actor.noise - previous).max(1)
+        assert ((moved < 0.5) == ~np.asarray(first)).all() and jnp.abs(info["noise"]).min() > 0
+        first, previous = jnp.array([False, False, True]), actor.noise
+
+
 def test_planning_changes_the_actions_and_compiles_once(train):
     fields = dict(samples=8, elites=3, policy_samples=2, iterations=2, horizon=2)
-    ours, actor = episode(planning("mppi", fields), train, "train"), episode(AGENT, train, "train")
+    ours, actor = episode(planning("mppi", fields), train, "eval"), episode(AGENT, train, "eval")
     assert ours.shape == actor.shape and np.abs(ours).max() <= 1 and (ours != actor).all()
+    assert (episode(planning("mppi", fields), train, "train") != episode(AGENT, train, "train")).all()
 
 
 def test_a_collector_overwrites_the_previous_action(train):
