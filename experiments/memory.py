@@ -98,9 +98,11 @@ def run_probe(config: Config, source: Source, model: WorldModel, seeds: Seeds, r
             "examinations": rows,
         }
         folder.write_summary(summary)
-        curves = {name: [row[name] for row in rows] for name in ("inference", "imagination")}
         updates = [row["updates"] for row in rows]
-        plots.save_accuracies(folder.curve, updates, curves, f"{source.spec.name}, {config.world_model}")
+        curves = {name: (updates, [row[name] for row in rows]) for name in ("inference", "imagination")}
+        labels = "updates of the world model", "accuracy of the last reward"
+        title = f"{source.spec.name}, {config.world_model}"
+        plots.save_lines(folder.curve, curves, *labels, title, (0.4, 1.02))
 
 
 def line(row) -> str:

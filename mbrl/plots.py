@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from mbrl.statistics import bootstrap_interval, iqm
 Points = Any  # [N] pairs (frames, return), or an array [N, 2]
 
 _OURS, _PUBLISHED, _TRAINING = "#0b6fb8", "#d1702a", "#8fa3b3"
+_LINES = _OURS, _PUBLISHED, _TRAINING, "#3d8f5a", "#7a4fb5"
 
 
 def aggregate(evaluations: Sequence[Points]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -75,22 +76,29 @@ def save_curve(
     _save(figure, axes, path, title)
 
 
-def save_accuracies(
-    path: str | os.PathLike, updates: Sequence[int], accuracies: dict[str, Any], title: str = ""
+def save_lines(
+    path: str | os.PathLike,
+    lines: Mapping[str, tuple[Sequence[Any], Any]],
+    x_label: str,
+    y_label: str,
+    title: str = "",
+    limits: tuple[float | None, float | None] = (None, None),
 ) -> None:
-    """Draw accuracies against updates and write them to ``path`` (PNG, replaced atomically).
+    """Draw several named results, of several seeds each, and write them to ``path`` (PNG, replaced
+    atomically).
 
-    updates: [K]. accuracies: by name, [K, S]; a thin line per seed and a thick one for their mean. title: of
-    the picture. Raises OSError when the file cannot be written.
+    lines: by name, x [K], numbers or words, and y [K, S]; a thin line per seed and a thick one for their
+    mean. title: of the picture. limits: of the vertical axis, where they are not those of the values. Raises
+    OSError when the file cannot be written.
     """
     figure, axes = _figure()
-    for (name, values), colour in zip(accuracies.items(), (_OURS, _PUBLISHED, _TRAINING), strict=False):
-        values = np.asarray(values)
-        axes.plot(updates, values.mean(1), color=colour, lw=2.4, zorder=4, label=name)
-        axes.plot(updates, values, color=colour, lw=0.9, alpha=0.55, zorder=3)
-    axes.set_ylim(0.4, 1.02)
-    axes.set_xlabel("updates of the world model")
-    axes.set_ylabel("accuracy of the last reward")
+    for i, (name, (x, values)) in enumerate(lines.items()):
+        values, colour = np.asarray(values, np.float64), _LINES[i % len(_LINES)]
+        axes.plot(x, values.mean(1), color=colour, lw=2.4, marker="o", ms=3.5, zorder=4, label=name)
+        axes.plot(x, values, color=colour, lw=0.9, alpha=0.55, zorder=3)
+    axes.set_ylim(*limits)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
     _save(figure, axes, path, title)
 
 

@@ -59,8 +59,9 @@ def with_planner(
         params = acting_params(train, mode)
         aim = objective if explore is None or mode == "eval" else explore
         noise = info.get("noise") if mode == "train" else None
-        plan_mode = mode if noise is None else "eval"
-        action, plan, traces = planner.plan(params, aim, actor.plan, state.state, is_first, plan_key, plan_mode)
+        seen = actor.plan, state.state, is_first
+        how = mode if noise is None else "eval"
+        action, plan, traces = planner.plan(params, aim, *seen, plan_key, how)
         action = action if noise is None else action + noise
         return action, PlanningState(state._replace(action=action), plan, action), info | {"plan": traces}
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mbrl import published
-from mbrl.plots import aggregate, save_accuracies, save_curve
+from mbrl.plots import aggregate, save_curve, save_lines
 from mbrl.statistics import bootstrap_interval, iqm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,9 +61,11 @@ def test_evaluations_that_have_not_begun_and_arrays(tmp_path):
     save_curve(tmp_path / "d.png", [[(2_000_000, 900.0)]], None, CURVE)  # beyond the published curve
 
 
-def test_accuracies_give_a_picture(tmp_path):
-    shares = np.linspace(0.5, 1, 8).reshape(4, 2)
-    save_accuracies(tmp_path / "a.png", [1, 2, 3, 4], {"one": shares, "two": shares[::-1]}, "recall:30")
+@pytest.mark.parametrize("x", [[1, 2, 3, 4], ["0", "-0.3", "-1", "-3"]], ids=["numbers", "words"])
+def test_lines_give_a_picture(tmp_path, x):
+    y = np.linspace(0.5, 1, 8).reshape(4, 2)
+    lines = {"one": (x, y), "two": (x, y[::-1])}
+    save_lines(tmp_path / "a.png", lines, "updates", "accuracy", "recall:30", (0.4, 1.02))
     assert matplotlib.image.imread(tmp_path / "a.png")[..., :3].std() > 0.01
 
 
