@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
 
-from mbrl import dataset, multitask, open_loop, processes, sinks
+from mbrl import dataset, multitask, open_loop, processes, report, sinks
 from mbrl.config import check_config, differences, early_flags, override, parse_flags
 from mbrl.drivers import NO_TASK, Source, stored_source
 from mbrl.envs import pixels
@@ -334,12 +335,21 @@ def launch(
     with folder:
         opened = sinks.open_all(sink_names if leads() else (), folder, f"{task}: {name}")
         summary = train(run, folder, resume, video, start, made, opened)
-        seen = run.source.playable and any(map(is_image, run.source.spec.obs.values()))
-        if seen and jax.process_count() == 1:
-            try:
-                open_loop.write(load(folder.path))
-            except (UserError, OSError) as error:  # the results come all the same
-                print(f"no film of what the world model expects: {error}")
         if leads():
             finish(folder, summary, task, f"{task}: {name}", run.clock.unit)
+        seen = run.source.playable and any(map(is_image, run.source.spec.obs.values()))
+        if seen and jax.process_count() == 1:
+            film(folder.path)
     return summary
+
+
+def film(run_dir: Path) -> None:
+    """Films what the world model expects to see and puts that into the report; where this fails, for whatever
+    reason, one line says so: the results are there already."""
+    try:
+        open_loop.write(load(run_dir))
+        report.write(run_dir)
+    except Exception as error:
+        kind = "" if isinstance(error, (UserError, OSError)) else f"{type(error).__name__}: "
+        said = (str(error).splitlines() or ["no reason given"])[0]
+        print(f"no film of what the world model expects: {kind}{said}")

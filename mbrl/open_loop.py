@@ -6,6 +6,7 @@ figure 4, shows it).
 
 from __future__ import annotations
 
+import contextlib
 import io
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from mbrl.errors import UserError
 from mbrl.finished import Finished, expect
 from mbrl.images import is_image
 from mbrl.run_folder import write_atomic
-from mbrl.types import Trajectory
+from mbrl.types import Trajectory, WorldModel
 
 CONTEXT = 5
 """Frames that the model sees; what it makes of them is shown."""
@@ -47,34 +48,54 @@ def measure(
     frames the newest is shown. Where the agent sees none, MuJoCo draws where dm_control's bodies were and
     where the model expects them. Raises UserError with the reason where there is nothing to see.
     """
-    images = [key for key, entry in run.spec.obs.items() if is_image(entry)]
     params = run.learned(seed).params["model"]
-    if run.model.decode(params, _any_features(run, params)) is None:
+    if not _decodes(run.model, params):
         raise UserError("this world model does not predict observations")
-    stage = None if images else _stage(run.spec.name)
+    if images := [key for key, entry in run.spec.obs.items() if is_image(entry)]:
+        pairs = _pairs(run, params, _episode(run, played, seed), COLUMNS)
+        return {key: _with_error(*pairs[key]) for key in images}
+    with contextlib.closing(_stage(run.spec.name)) as stage:
+        return {"bodies": _pictures(stage, _pairs(run, params, _episode(run, played, seed), BODIES))}
+
+
+def _decodes(model: WorldModel, params: Any) -> bool:
+    """Whether a model predicts observations."""
+    states = model.starts(params, model.init_state(params, 1)).states
+    return model.decode(params, model.features(params, states)) is not None
+
+
+def _episode(run: Finished, played: Trajectory | None, seed: int | None) -> Trajectory:
+    """The first episode [T, 1] of a seed in ``played`` [S, T, E], or in what is played now."""
     played = run.play(1)[1] if played is None else played
     index = run.seeds.seeds.index(run.seeds.seeds[0] if seed is None else seed)
     episode = jax.tree.map(lambda x: jnp.asarray(x[index, :, :1]), played)
     length = int(np.asarray(episode.is_last[:, 0]).argmax()) or episode.reward.shape[0] - 1
+    return jax.tree.map(lambda x: x[: length + 1], episode)
+
+
+def _pairs(
+    run: Finished, params: Any, episode: Trajectory, columns: int
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """{key: (truth, model)}, each [T, N, *shape]: what an episode [T, 1] shows around ``columns`` points, and
+    what the model makes of it."""
+    length = len(episode.reward) - 1
     context, horizon = min(CONTEXT, length // 2), min(HORIZON, length - length // 2)
     if context < 1:
         raise UserError("the episode is too short")
-    episode = jax.tree.map(lambda x: x[: length + 1], episode)
     last = length - horizon  # the latest point with so much ahead
-    points = np.linspace(min(context - 1, last), last, COLUMNS if images else BODIES).astype(int)
+    points = np.linspace(min(context - 1, last), last, columns).astype(int)
     drawn = jax.jit(_draw, static_argnums=(0, 3))(
         run.model, params, episode, (tuple(points), context, horizon)
     )
     moments = np.maximum(points + np.arange(1 - context, horizon + 1)[:, None], 0)
-    pairs = {key: (np.asarray(episode.obs[key][:, 0])[moments], np.asarray(x)) for key, x in drawn.items()}
-    if stage is not None:
-        return {"bodies": _pictures(stage, pairs)}
-    films = {}
-    for key in images:
-        truth, shown = pairs[key][0].astype(np.float32), np.clip(pairs[key][1], 0, 255, dtype=np.float32)
-        error = np.clip((shown - truth) / 2 + 127.5, 0, 255)
-        films[key] = _newest(np.round(np.stack([truth, shown, error], 1)).astype(np.uint8))
-    return films
+    return {key: (np.asarray(episode.obs[key][:, 0])[moments], np.asarray(x)) for key, x in drawn.items()}
+
+
+def _with_error(truth: np.ndarray, model: np.ndarray) -> np.ndarray:
+    """uint8 [T, 3, N, h, w, 3] of pictures [T, N, h, w, c]: both, and their difference, grey where none."""
+    truth, shown = truth.astype(np.float32), np.clip(model, 0, 255, dtype=np.float32)
+    error = np.clip((shown - truth) / 2 + 127.5, 0, 255)
+    return _newest(np.round(np.stack([truth, shown, error], 1)).astype(np.uint8))
 
 
 def _stage(task: str) -> Any:
@@ -82,12 +103,13 @@ def _stage(task: str) -> Any:
     if dmc.canonical(task) is None:
         raise UserError(f"{task} is none of dm_control's tasks")
     stage = dmc.make(task, 0)
-    if not stage.can_pose:
-        raise UserError(f"positions cannot be recovered from observations of {task}")
-    stage.reset()
     try:
+        if not stage.can_pose:
+            raise UserError(f"positions cannot be recovered from observations of {task}")
+        stage.reset()
         stage.render(SIDE, SIDE)
-    except RuntimeError as error:
+    except (UserError, RuntimeError) as error:
+        stage.close()
         raise UserError(str(error)) from error
     return stage
 
@@ -102,12 +124,7 @@ def _pictures(stage: Any, pairs: dict[str, tuple[np.ndarray, np.ndarray]]) -> np
 
     steps, points = next(iter(pairs.values()))[0].shape[:2]
     film = [[[picture(row, t, n) for n in range(points)] for row in range(2)] for t in range(steps)]
-    stage.close()
     return np.array(film)
-
-
-def _any_features(run: Finished, params: Any) -> jax.Array:
-    return run.model.features(params, run.model.init_state(params, 1))
 
 
 def _draw(model, params, episode: Trajectory, where) -> dict[str, jax.Array]:

@@ -16,6 +16,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import world_models
+from mbrl import open_loop
 from mbrl.config import config_type, load_factory, override
 from mbrl.imagination import rollout
 from mbrl.types import ArraySpec, EnvSpec, Trajectory, WorldModel
@@ -197,6 +198,12 @@ def test_sequence_mode_equals_step_mode(case):
         close(features_of(case, state), seen.features[t])
     close(features_of(case, seen.state), seen.features[-1])
     close(case.model.features(case.params, seen.starts.states), seen.features)
+
+
+def test_what_it_decodes_is_known_without_an_observation(case):
+    """A report asks a model of any kind whether it predicts observations, before anything is played."""
+    decodes = case.model.decode(case.params, observe(case).features) is not None
+    assert open_loop._decodes(case.model, case.params) == decodes == (case.name != "tdmpc")
 
 
 def test_steps_compile_once(case):

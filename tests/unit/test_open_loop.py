@@ -1,15 +1,21 @@
-"""Layout and encoding of open-loop films; that runs leave them is tested in tests/reliability/test_command.py."""
+"""Layout and encoding of open-loop films, and what can be filmed; that runs leave them is tested in tests/reliability/test_command.py."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mbrl import open_loop
+from mbrl import experiment, finished, open_loop
+from mbrl.config import override
 from mbrl.errors import UserError
+from mbrl.seeds import Seeds
+from mbrl.types import Trajectory
+from tests.helpers import script
 
 T, N, H, W = 50, 2, 3, 4
 
@@ -60,3 +66,72 @@ def test_newest_of_stacked_frames():
     stacked = np.arange(6)[None]
     assert open_loop._newest(stacked).tolist() == [[3, 4, 5]]
     assert open_loop._newest(np.array([[7]])).tolist() == [[7, 7, 7]]
+
+
+class Stage:
+    """Draws the first entry of an observation; remembers that it was closed."""
+
+    closed = False
+
+    def pose(self, obs):
+        self.brightness = np.uint8(100 + 50 * np.clip(obs["orientation"][0], -1, 1))
+
+    def render(self, height, width):
+        return np.full((2, 2, 3), self.brightness)
+
+    def close(self):
+        self.closed = True
+
+
+def untrained(script_name: str, planner: str, run_dir: Path) -> finished.Finished:
+    """A run of an experiment on pendulum, as `mbrl.load` rebuilds it, that has learned nothing."""
+    config = script(script_name).__globals__["default_config"]("s", planner)
+    config = dataclasses.replace(config, task="pendulum")
+    small = {"model": {"units": 8}, "agent": {}} if script_name == "pets" else {"agent": {"units": 8}}
+    stored = {"agent": script_name.split("_")[0], "config": dataclasses.asdict(override(config, small))}
+    parts, seeds = finished.rebuild(stored), Seeds.make(3, 1)
+    return finished.Finished(run_dir, stored, 0, parts, seeds, seeds.program(parts.agent.init)(seeds.keys()))
+
+
+def played(length: int) -> Trajectory:
+    """An episode [1, length + 1, 1] of pendulum, such as `Finished.play` returns."""
+    angle = np.linspace(0, 7, length + 1)[None, :, None]
+    at = np.broadcast_to(np.arange(length + 1)[None, :, None], angle.shape)
+    obs = {"orientation": np.stack([np.cos(angle), np.sin(angle)], -1), "velocity": angle[..., None]}
+    obs = {key: value.astype(np.float32) for key, value in obs.items()}
+    reward, action = np.zeros(angle.shape, np.float32), np.zeros((*angle.shape, 1), np.float32)
+    return Trajectory(obs, action, reward, at == 0, at == length, np.zeros(angle.shape, bool))
+
+
+def test_an_ensemble_is_filmed(tmp_path, monkeypatch):
+    """Its features are those of a start, not of its acting state. A stage is closed, also where the episode
+    is too short to film."""
+    stage, run = Stage(), untrained("pets", "random", tmp_path)
+    monkeypatch.setattr(open_loop, "_stage", lambda task: stage)
+    film = open_loop.measure(run, played(20))["bodies"]
+    assert film.shape == (5 + 10, 2, open_loop.BODIES, 2, 2, 3) and stage.closed
+    stage.closed = False
+    with pytest.raises(UserError, match="too short"):
+        open_loop.measure(run, played(1))
+    assert stage.closed
+
+
+def test_a_model_without_a_decoder_is_not_filmed(tmp_path):
+    run = untrained("tdmpc_dmc", "none", tmp_path)
+    with pytest.raises(UserError, match="does not predict observations"):
+        open_loop.write(run)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(UserError("no pictures"), ": no pictures"), (AttributeError("no z\nat all"), ": AttributeError: no z")],
+)
+def test_a_film_that_fails_is_one_line(error, said, monkeypatch, capsys, tmp_path):
+    """Whatever the reason, and after the results."""
+
+    def load(path):
+        raise error
+
+    monkeypatch.setattr(experiment, "load", load)
+    experiment.film(tmp_path)
+    assert capsys.readouterr().out == f"no film of what the world model expects{said}\n"
