@@ -168,11 +168,11 @@ def measure_loop(preset: str, num_seeds: int, task: str, iterations: int) -> dic
     use_cpu_devices(num_seeds)
     model, agent_config, loop = configs(preset)
 
-    def make_host(seed):
+    def make_host(seed, index):
         return envs.make_host(task, seed, loop.action_repeat)
 
     loop = dataclasses.replace(loop, prefill=max(1, min(loop.prefill, 1024)))
-    source = Source(make_host(0).spec, None, make_host)
+    source = Source(make_host(0, 0).spec, None, make_host)
     length = loop.batch_length + int(agent_config.replay_context)
     clock, seeds = make_clock(loop, 10**6, length), Seeds.make(0, num_seeds)
     agent = make_agent(source.spec, model, agent_config)

@@ -20,30 +20,28 @@ from mbrl.errors import UserError, check_at_least
 from mbrl.processes import gather_bytes
 from mbrl.programs import LoopConfig, Programs, RunState
 from mbrl.seeds import Seeds
+from mbrl.tasks import TASK_SETS
 from mbrl.types import EnvSpec, HostEnv, JaxEnv
 
 
-def _no_host(seed: int) -> HostEnv:
+def _no_host(seed: int, index: int) -> HostEnv:
     raise ValueError("this environment lives on the device: it has no host version")
 
 
 class Source(NamedTuple):
-    """Where experience comes from. env: one JAX environment, or None; make_host(seed) -> one host
-    environment, used when env is None, and sent to worker processes. With neither there is recorded
-    experience only."""
+    """Where experience comes from. env: one JAX environment, or None; make_host(seed, index) -> one host
+    environment, used when env is None, and sent to worker processes. index: its number in the pool, which
+    says which of several tasks it has. With neither there is recorded experience only."""
 
     spec: EnvSpec
     env: JaxEnv | None = None
-    make_host: Callable[[int], HostEnv] = _no_host
+    make_host: Callable[[int, int], HostEnv] = _no_host
 
     @property
     def playable(self) -> bool:
         """Whether there is an environment."""
         return self.env is not None or self.make_host is not _no_host
 
-
-TASK_SETS = {"mt3": "cartpole_swingup,pendulum_swingup,cup_catch"}
-"""Names for several tasks."""
 
 NO_TASK = "none"
 """Instead of a task: nothing but recorded episodes."""
@@ -90,7 +88,12 @@ def make_source(
         raise UserError(f"--task: {error}") from None
     except RuntimeError as error:
         raise UserError(f"--obs {shown}: {error}") from None
-    return Source(env.spec, make_host=make_host)
+    return Source(env.spec, make_host=partial(_make_alike, make_host))
+
+
+def _make_alike(make: Callable[[int], HostEnv], seed: int, index: int) -> HostEnv:
+    """One of environments that differ in their seed alone."""
+    return make(seed)
 
 
 def _several(sources: Sequence[Source], name: str, *padding: int) -> Source:
@@ -102,9 +105,11 @@ def _several(sources: Sequence[Source], name: str, *padding: int) -> Source:
     return Source(spec, make_host=partial(_make_padded, [s.make_host for s in sources], spec))
 
 
-def _make_padded(makers: Sequence[Callable[..., HostEnv]], spec: EnvSpec, seed: int) -> HostEnv:
-    task = seed % len(makers)
-    return multitask.Padded(makers[task](seed=seed), task, spec)
+def _make_padded(
+    makers: Sequence[Callable[[int, int], HostEnv]], spec: EnvSpec, seed: int, index: int
+) -> HostEnv:
+    task = index % len(makers)
+    return multitask.Padded(makers[task](seed, index), task, spec)
 
 
 def stored_source(stored: Mapping[str, Any]) -> Source:
@@ -240,7 +245,8 @@ def host_seed(seed: int, purpose: int, index: int) -> int:
 
 def make_pool(source: Source, seeds: Seeds, num_envs: int, purpose: int) -> HostPool:
     """Host environments [S x E], member by member, of the members that live here, in this process."""
-    return HostPool([source.make_host(seed) for seed in _host_seeds(source, seeds, num_envs, purpose)])
+    numbers = _host_seeds(seeds, num_envs, purpose)
+    return HostPool([source.make_host(seed, index) for index, seed in enumerate(numbers)])
 
 
 def make_workers(
@@ -249,13 +255,10 @@ def make_workers(
     """The same environments in ``config.env_workers`` processes, or in this one where that is 0."""
     if config.env_workers == 0:
         return make_pool(source, seeds, num_envs, purpose)
-    numbers = _host_seeds(source, seeds, num_envs, purpose)
+    numbers = _host_seeds(seeds, num_envs, purpose)
     return WorkerPool(source.spec, source.make_host, numbers, config.env_workers, config.env_timeout)
 
 
-def _host_seeds(source: Source, seeds: Seeds, num_envs: int, purpose: int) -> list[int]:
-    tasks = multitask.count(source.spec)
+def _host_seeds(seeds: Seeds, num_envs: int, purpose: int) -> list[int]:
     members = [seeds.seeds[i] for i in seeds.own]
-    numbers = [(host_seed(s, purpose, i), i) for s in members for i in range(num_envs)]
-    # The remainder of a seed says which of several tasks an environment has.
-    return [number - number % tasks + i % tasks for number, i in numbers]
+    return [host_seed(member, purpose, i) for member in members for i in range(num_envs)]

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# Names that users (and the dreamerv3 repository) type, next to what dm_control calls the task.
-ALIASES = {"cup_catch": "ball_in_cup_catch"}
+from mbrl.tasks import task_name
+
 SETTINGS = {"dreamerv3": "size12m, action repeat 2, train ratio 512", "tdmpc2": "5M, action repeat 2"}
 METHODS = {"dreamer": "dreamerv3", "tdmpc": "tdmpc2"}
 """Whose published curves an agent is compared with; other agents have none here."""
@@ -56,12 +56,6 @@ class PublishedScore(NamedTuple):
         """The mean, and the standard deviation where it is known."""
         spread = f" ± {self.std:.{digits}f}" if np.isfinite(self.std) else ""
         return f"{self.mean:.{digits}f}{spread}"
-
-
-def task_name(task: str) -> str:
-    """The name under which ``task`` is filed: ``cup_catch`` and ``dmc_ball-in-cup_catch`` are one task."""
-    name = task.strip().replace("-", "_").removeprefix("dmc_")
-    return ALIASES.get(name, name)
 
 
 @cache

@@ -48,13 +48,14 @@ class WorkerPool:
     def __init__(
         self,
         spec: EnvSpec,
-        make: Callable[[int], HostEnv],
+        make: Callable[[int, int], HostEnv],
         seeds: Sequence[int],
         workers: int,
         timeout: float,
     ):
-        """make(seed) makes one environment; it is sent to the workers, so it must be a function of a module
-        or a ``functools.partial`` of one. workers: processes, at most one per environment is started."""
+        """make(seed, index) makes one environment, ``index`` being its number in the pool; it is sent to the
+        workers, so it must be a function of a module or a ``functools.partial`` of one. workers: processes,
+        at most one per environment is started."""
         self.spec, self.size = spec, len(seeds)
         self._make, self._seeds, self._timeout = make, np.asarray(seeds), timeout
         parts = np.array_split(np.arange(self.size), min(workers, self.size))
@@ -237,7 +238,7 @@ class _Task(NamedTuple):
     """What a worker is told. number: its own, of ``workers``. own: its environments among all ``size``.
     strict: the first reset of each is checked; after a restart, what fails there is a fault."""
 
-    make: Callable[[int], HostEnv]
+    make: Callable[[int, int], HostEnv]
     seeds: tuple[int, ...]
     spec: EnvSpec
     number: int
@@ -292,7 +293,7 @@ def _serve(pipe: connection.Connection, memory: dict[str, Any], task: _Task) -> 
 
 def _make_pool(task: _Task, shared: dict[str, np.ndarray]) -> _WatchedPool:
     names = [f"environment {i} (worker {task.number})" for i in task.own]
-    pool = _WatchedPool([task.make(seed) for seed in task.seeds], names)
+    pool = _WatchedPool([task.make(seed, i) for seed, i in zip(task.seeds, task.own, strict=True)], names)
     if pool.spec != task.spec:
         raise ValueError(f"{names[0].capitalize()} has the spec {pool.spec} where {task.spec} is expected.")
     pool.faults = shared["faults"][task.own.start : task.own.stop]

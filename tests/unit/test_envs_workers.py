@@ -8,15 +8,14 @@ import subprocess
 import sys
 import textwrap
 import time
-from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from mbrl import envs
 from mbrl.collect import HostCollector
+from mbrl.drivers import make_source
 from mbrl.envs import workers
 from mbrl.envs.pool import HostPool
 from mbrl.envs.workers import WorkerPool
@@ -31,13 +30,13 @@ TROUBLES = {"kill": 1.0, "hang": 2.0, "raise": 3.0, "nan": 4.0, "shape": 5.0}
 
 
 class Noise:
-    """Shows random numbers and a random picture; ``x`` begins with its steps so far."""
+    """Shows a random picture; ``x`` is its steps so far and its number in the pool."""
 
-    def __init__(self, seed: int):
-        self.spec, self.rng, self.count = SPEC, np.random.default_rng(seed), 0
+    def __init__(self, seed: int, index: int):
+        self.spec, self.rng, self.count, self.index = SPEC, np.random.default_rng(seed), 0, index
 
     def show(self, reward) -> TimeStep:
-        x = np.array([self.count, self.rng.random()], np.float32)
+        x = np.array([self.count, self.index], np.float32)
         image = self.rng.integers(0, 256, (4, 4, 3), np.uint8)
         return TimeStep({"x": x, "image": image}, np.float32(reward), self.count == 9, False)
 
@@ -120,7 +119,7 @@ def assert_equal(a, b):
 
 
 def test_the_same_bits_as_in_one_process_and_states_that_go_both_ways(shared):
-    alone = HostPool([Noise(seed) for seed in range(4)])
+    alone = HostPool([Noise(i, i) for i in range(4)])
     shared.set_state(alone.get_state())
     assert_equal(onward(shared), onward(alone))
     state = shared.get_state()
@@ -147,8 +146,8 @@ def test_the_collector_leaves_no_trace_of_the_step_under_way(shared):
     def assert_tree_equal(a, b):
         jax.tree.map(np.testing.assert_array_equal, a, b)
 
-    alone = HostCollector(HostPool([Noise(seed) for seed in range(4)]), 2, 2)
-    shared.set_state(HostPool([Noise(seed) for seed in range(4)]).get_state())
+    alone = HostCollector(HostPool([Noise(i, i) for i in range(4)]), 2, 2)
+    shared.set_state(HostPool([Noise(i, i) for i in range(4)]).get_state())
     other = HostCollector(shared, 2, 2)
     for _ in range(3):
         assert_tree_equal(other.collect(policy, 0, 5), alone.collect(policy, 0, 5))
@@ -162,8 +161,8 @@ def test_the_collector_leaves_no_trace_of_the_step_under_way(shared):
 
 
 def test_dm_control_in_a_worker():
-    make = partial(envs.make_host, "cartpole_swingup", action_repeat=2)
-    alone = HostPool([make(seed) for seed in (3, 4)])
+    make = make_source("cartpole_swingup", 2).make_host
+    alone = HostPool([make(seed, i) for i, seed in enumerate((3, 4))])
     pool = WorkerPool(alone.spec, make, (3, 4), 8, timeout=60.0)
     assert_equal(onward(pool, 5), onward(alone, 5))
     pool.close(), pool.close()
@@ -171,7 +170,7 @@ def test_dm_control_in_a_worker():
 
 @pytest.mark.parametrize("trouble", ["raise", "nan", "shape"])
 def test_what_errs_in_a_worker_is_a_fault_there(shared, trouble):
-    shared.set_state(HostPool([Noise(seed) for seed in range(4)]).get_state())
+    shared.set_state(HostPool([Noise(i, i) for i in range(4)]).get_state())
     shared.reset()
     what = "raised OSError" if trouble == "raise" else "returned numbers that are not finite or a wrong shape"
     with pytest.warns(RuntimeWarning, match=rf"environment 2 \(worker 1\) {what}") as caught:
@@ -188,9 +187,10 @@ def test_what_errs_in_a_worker_is_a_fault_there(shared, trouble):
     ("trouble", "why"), [("kill", "died with exit code -9"), ("hang", "did not answer for 0.5 s")]
 )
 def test_a_worker_that_dies_or_hangs_is_started_again(trouble, why):
-    """Its environments' episodes end; those of the other worker go on as in one process."""
+    """Its environments' episodes end; those of the other worker go on as in one process. The new ones keep
+    their numbers, by which they know their task, and draw other random numbers."""
     alone, pool = (
-        HostPool([Noise(seed) for seed in range(4)]),
+        HostPool([Noise(i, i) for i in range(4)]),
         WorkerPool(SPEC, Noise, range(4), 2, timeout=0.5),
     )
     assert_equal([pool.reset()], [alone.reset()])
@@ -207,9 +207,9 @@ def test_a_worker_that_dies_or_hangs_is_started_again(trouble, why):
     np.testing.assert_array_equal(bad.obs["image"][:2], expected.obs["image"][:2])
     np.testing.assert_array_equal(pool.faults, [0, 0, 1, 1])
     after, expected = act(pool, reset=[2, 3]), act(alone, reset=[2, 3])
-    np.testing.assert_array_equal(after.obs["x"][:, 0], [3, 3, 0, 0])
+    np.testing.assert_array_equal(after.obs["x"], [[3, 0], [3, 1], [0, 2], [0, 3]])
     np.testing.assert_array_equal(after.obs["image"][:2], expected.obs["image"][:2])
-    assert (after.obs["image"][2:] != HostPool([Noise(2), Noise(3)]).reset().obs["image"]).any(), (
+    assert (after.obs["image"][2:] != HostPool([Noise(2, 2), Noise(3, 3)]).reset().obs["image"]).any(), (
         "other episodes"
     )
     np.testing.assert_array_equal(act(pool).obs["x"][:, 0], [4, 4, 1, 1])

@@ -18,7 +18,7 @@ from mbrl.seeds import Seeds
 from tests.helpers import TINY, script
 from tests.mesh import ENV, make_run
 
-HOST = Source(ENV.spec, None, lambda seed: make_host("gym:Pendulum-v1", seed, 1))
+HOST = Source(ENV.spec, None, lambda seed, index: make_host("gym:Pendulum-v1", seed, 1))
 
 
 def bytes_since(before: list) -> int:

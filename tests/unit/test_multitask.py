@@ -197,6 +197,13 @@ def test_environments_take_turns_and_resume():
         make_source("pendulum,cup_catch", 2)
 
 
+def test_the_task_of_an_environment_depends_on_no_seed():
+    """Those that a restarted worker draws are like any others."""
+    make, seeds = make_source("mt3", 2).make_host, (8, 5, 3, 3, 1, 0)
+    tasks = [int(make(seed, index).reset().obs["task"]) for index, seed in enumerate(seeds)]
+    assert tasks == [0, 1, 2, 0, 1, 2]
+
+
 THREE = dataclasses.replace(TWO, name="three")
 
 
