@@ -21,6 +21,7 @@ from mbrl.config import run_main
 from mbrl.errors import UserError
 from mbrl.finished import Finished
 from mbrl.logger import results_table
+from mbrl.results import settings_of
 from mbrl.run_folder import RunFolder, write_json
 from mbrl.seeds import use_compilation_cache, use_cpu_devices
 from mbrl.statistics import bootstrap_interval, iqm
@@ -81,7 +82,9 @@ def main(argv: Sequence[str]) -> None:
     unit = "updates" if run.config["config"].get("offline") else "frames"
     score = published.score_at(run.spec.name, run.frames, method) if unit == "frames" else None
     tasks, seeds = multitask.by_task(run.spec, returns), list(run.seeds.seeds)
-    Console().print(results_table(run.spec.name, run.frames, returns, seconds, score, seeds, unit, tasks))
+    settings = settings_of(run.config.get("vary", {}))
+    table = results_table(run.spec.name, run.frames, returns, seconds, score, seeds, unit, tasks, settings)
+    Console().print(table)
     if config.json is not None:
         write_json(config.json, result(run, returns, seconds))
         print(f"result: {config.json}")

@@ -17,7 +17,7 @@ from mbrl.charts import Series, card, group, interval_chart, line_chart
 from mbrl.config import flatten
 from mbrl.errors import UserError, check_at_least, check_between
 from mbrl.plots import save_figure
-from mbrl.results import FRAMES, Result, read
+from mbrl.results import FRAMES, Result, by_setting, describe, read
 from mbrl.statistics import (
     Scores,
     aggregate_iqm,
@@ -97,17 +97,20 @@ class Comparison(NamedTuple):
 
 def methods_of(folders: Sequence[str], prefix: str = "") -> list[Method]:
     """Runs grouped into methods. A folder may be given as NAME=FOLDER; others are grouped by their settings
-    and named after those in which they differ. Raises UserError for what is no run."""
+    and named after those in which they differ. Each setting of a sweep is a method. Raises UserError for what
+    is no run."""
     named: dict[str, list[Result]] = {}
     unnamed: dict[str, list[Result]] = {}
     for folder in folders:
         name, _, path = folder.partition("=")
-        if path and not Path(folder).exists():
-            named.setdefault(name, []).append(read(path))
-        else:
-            result = read(folder)
-            settings = _settings(result)
-            unnamed.setdefault(json.dumps(settings, sort_keys=True), []).append(result)
+        has_name = bool(path) and not Path(folder).exists()
+        for result in by_setting(read(path if has_name else folder)):
+            if has_name:
+                words = filter(None, [name, describe(result.setting)])
+                named.setdefault(", ".join(words), []).append(result)
+            else:
+                settings = json.dumps(_settings(result), sort_keys=True)
+                unnamed.setdefault(settings, []).append(result)
     found = [Method(prefix + name, runs) for name, runs in named.items()]
     groups = list(unnamed.values())
     return found + [Method(prefix + name, runs) for name, runs in zip(_names(groups), groups)]
@@ -120,22 +123,24 @@ def _settings(result: Result) -> dict[str, Any]:
 
 
 def _names(groups: list[list[Result]]) -> list[str]:
-    """Of the settings that differ: agent, world model and preset if they tell the groups apart, else all."""
+    """Of the settings that differ: agent, world model and preset if they tell the groups apart, else three
+    more, or the folder too, or all."""
     flat = [_settings(runs[0]) for runs in groups]
     keys = {key: None for one in flat for key in one}
     differing = [k for k in keys if len({json.dumps(one.get(k)) for one in flat}) > 1]
     main = [k for k in ("kind", "world_model", "preset") if k in keys]
     chosen = [k for k in main if k in differing] or ([] if differing else main)
     names = [", ".join(str(one[k]) for k in chosen if k in one) for one in flat]
-    if len(set(names)) < len(names) or not all(names):
-        rest = [k for k in differing if k not in main][:3]
-        names = [
-            ", ".join(filter(None, [name, *(f"{k.split('.')[-1]}={one.get(k)}" for k in rest)]))
-            for name, one in zip(names, flat)
-        ]
-    if len(set(names)) < len(names):
-        names = [f"{name} ({runs[0].path.name})" for name, runs in zip(names, groups)]
-    return names
+    rest = [k for k in differing if k not in main]
+
+    def longer(more: list[str]) -> list[str]:
+        said = [[f"{k.split('.')[-1]}={one.get(k)}" for k in more] for one in flat]
+        return [", ".join(filter(None, [name, *words])) for name, words in zip(names, said)]
+
+    folders = lambda short: [f"{name} ({runs[0].path.name})" for name, runs in zip(short, groups)]
+    alternatives = [names, longer(rest[:3]), folders(longer(rest[:3])), longer(rest)]
+    told_apart = lambda tried: len(set(tried)) == len(tried) and all(tried)
+    return next((tried for tried in alternatives if told_apart(tried)), alternatives[-1])
 
 
 def compare(

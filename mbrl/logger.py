@@ -414,12 +414,14 @@ def results_table(
     seeds: Sequence[int] | None = None,
     unit: str = "frames",
     tasks: Mapping[str, Any] = MappingProxyType({}),
+    settings: Sequence[str] = (),
 ) -> Table:
     """The table printed at the end of a run (``rich.print(table)``).
 
     returns: [S, K] final evaluation returns of K episodes of each of S seeds. frames: simulator frames of
     training per seed, or ``unit``. published: ``published.score_at(task, frames)``. seeds: names of the rows,
     0 to S - 1 by default. tasks: mean return [S] of each of several tasks, shown as its mean over seeds.
+    settings: of each seed, where they differ; then nothing is aggregated.
     Shows each seed's mean +- standard deviation over episodes, then mean, IQM and the 95 % bootstrap interval
     of the IQM over seeds. Seeds whose return is not finite are shown as failed and left out of the
     aggregates, which then say how many seeds they cover.
@@ -435,18 +437,23 @@ def results_table(
     table.add_column("evaluation return", justify="right")
     table.add_column(f"over {episodes} episodes" if episodes > 1 else "over 1 episode", justify="right")
     means = returns.mean(axis=1)
-    for seed, mean, one in zip(seeds or range(len(returns)), means, returns, strict=True):
+    names = [f"seed {seed}" for seed in seeds or range(len(returns))]
+    if settings:
+        names = [f"{name}: {setting}" for name, setting in zip(names, settings, strict=True)]
+    for name, mean, one in zip(names, means, returns, strict=True):
         ok = np.isfinite(mean)
-        table.add_row(f"seed {seed}", f"{mean:.1f}" if ok else "failed", f"± {one.std():.1f}" if ok else "")
+        table.add_row(name, f"{mean:.1f}" if ok else "failed", f"± {one.std():.1f}" if ok else "")
     table.add_section()
     good = means[np.isfinite(means)]
     over = f"{good.size} seeds" if good.size == means.size else f"{good.size} of {means.size} seeds"
-    for name, values in tasks.items():
+    for name, values in tasks.items() if not settings else ():
         own = np.asarray(values, np.float64)[np.isfinite(means)]
         table.add_row(name, f"{own.mean():.1f}" if own.size else "failed", over)
     if tasks:
         table.add_section()
-    if good.size > 1:
+    if settings:
+        table.add_row("settings differ: no mean or IQM over them", "", "")
+    elif good.size > 1:
         low, high = bootstrap_interval(good)
         table.add_row("mean", f"{good.mean():.1f}", over)
         table.add_row("IQM", f"{iqm(good):.1f}", over)

@@ -44,6 +44,7 @@ def save_curve(
     published: PublishedCurve | None = None,
     title: str = "",
     unit: str = "frames",
+    alike: bool = True,
 ) -> None:
     """Draw return against simulator frames, or another ``unit``, and write it to ``path`` (PNG, replaced
     atomically).
@@ -51,7 +52,8 @@ def save_curve(
     evaluations: per seed, its evaluation points (frames, return): thin lines, with the IQM over seeds thick
     and its 95 % bootstrap interval shaded. training: per seed, its training episodes (frames, return): dots.
     published: drawn as mean +- one standard deviation over its seeds, as far as our run goes and half as far
-    again. title: of the picture. Any of them may be empty. Raises OSError when the file cannot be written.
+    again. title: of the picture. alike: whether the seeds have equal settings; else there is no IQM. Any of
+    the others may be empty. Raises OSError when the file cannot be written.
     """
     figure, axes = _figure()
     episodes = [point for points in training or () for point in points]
@@ -60,7 +62,7 @@ def save_curve(
     if published is not None:
         last = max(last, min(1.5 * last, published.frames[-1])) if ours else published.frames[-1]
 
-    _draw_evaluations(axes, evaluations)
+    _draw_evaluations(axes, evaluations, alike)
     if episodes:
         x, y = np.array(episodes, dtype=np.float64).T
         style = {"color": _TRAINING, "ms": 5, "alpha": 0.6, "mec": "none", "zorder": 1}
@@ -136,7 +138,7 @@ def save_figure(figure: Any, path: str | os.PathLike) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _draw_evaluations(axes, evaluations: Sequence[Points]) -> None:
+def _draw_evaluations(axes, evaluations: Sequence[Points], alike: bool) -> None:
     drawn = [
         np.array(sorted(map(tuple, points)), dtype=np.float64).T for points in evaluations if len(points)
     ]
@@ -146,11 +148,14 @@ def _draw_evaluations(axes, evaluations: Sequence[Points]) -> None:
     if len(evaluations) == 1:
         axes.plot(*drawn[0], label="evaluation", **thick)
         return
-    frames, centre, low, high = aggregate(evaluations)
-    axes.plot(frames, centre, label=f"evaluation, IQM of {len(evaluations)} seeds", **thick)
-    axes.fill_between(frames, low, high, color=_OURS, alpha=0.18, lw=0, label="its 95 % bootstrap interval")
+    if alike:
+        frames, centre, low, high = aggregate(evaluations)
+        axes.plot(frames, centre, label=f"evaluation, IQM of {len(evaluations)} seeds", **thick)
+        label = "its 95 % bootstrap interval"
+        axes.fill_between(frames, low, high, color=_OURS, alpha=0.18, lw=0, label=label)
+    each = "each seed" if alike else "evaluation of each seed; their settings differ"
     for i, (x, y) in enumerate(drawn):
-        axes.plot(x, y, color=_OURS, lw=0.9, alpha=0.55, zorder=3, label=None if i else "each seed")
+        axes.plot(x, y, color=_OURS, lw=0.9, alpha=0.55, zorder=3, label=None if i else each)
 
 
 def _draw_published(axes, published: PublishedCurve, until: float) -> None:

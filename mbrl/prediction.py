@@ -34,7 +34,7 @@ def measure(run: Finished, played: Trajectory) -> dict[str, Any]:
     anything, or when nothing changes.
     """
     played = jax.tree.map(lambda x: x[:, :, :1], played)
-    length = int(played.is_last[:, :, 0].argmax(1).min()) or played.reward.shape[1] - 1
+    length = common_length(played.is_last[:, :, 0])
     horizon = min(HORIZON, length // 2)
     if horizon < 1:
         return {}
@@ -68,6 +68,12 @@ def measure(run: Finished, played: Trajectory) -> dict[str, Any]:
             "predicted": {k: example[k][1][:, most, :MOST_DIMENSIONS] for k in sorted(errors)},
         },
     }
+
+
+def common_length(is_last: np.ndarray) -> int:
+    """Steps of the shortest of episodes bool [S, T]; one that never ends is as long as it was watched."""
+    ends = np.where(is_last.any(1), is_last.argmax(1), is_last.shape[1] - 1)
+    return int(ends.min())
 
 
 def _predict(model, params, episode: Trajectory, where) -> dict[str, jax.Array]:

@@ -21,8 +21,9 @@ from mbrl.config import flatten
 from mbrl.errors import UserError
 from mbrl.logger import format_seconds
 from mbrl.plots import aggregate
-from mbrl.results import Result, read
+from mbrl.results import Result, by_setting, describe, read
 from mbrl.run_folder import write_atomic, write_json
+from mbrl.statistics import iqm
 
 PREDICTION = "prediction.json"
 LATENT = {
@@ -76,7 +77,7 @@ def html(result: Result, predicted: dict[str, Any] | None = None) -> str:
         f"<h1>{escape(result.task)}</h1>",
         f"<p class=lead>{escape(_lead(result))}</p>",
         _figures(result),
-        group("Return", [_curve(result), _distribution(result)]),
+        group("Return", [_curve(result), _swept(result), _distribution(result)]),
         _prediction(result, predicted),
         _films(result, predicted),
         group("Losses", list(_lines(result, [n for n in result.metrics() if n.endswith("loss")]))),
@@ -100,13 +101,15 @@ def _figures(result: Result) -> str:
     low, high = returned["ci"]
     many = len(result.seeds) > 1
     figures = [
-        (_number(returned["iqm"]), "return, IQM of seeds" if many else "return"),
+        (str(len(by_setting(result))), "settings, see below")
+        if result.vary
+        else (_number(returned["iqm"]), "return, IQM of seeds" if many else "return"),
         (f"{summary['env_steps']:,}", f"{result.unit.split()[-1]} per seed"),
         (str(len(result.seeds)), "seeds" if many else "seed"),
         (format_seconds(summary["wall_seconds"]), "wall time, all seeds"),
         (f"{summary['params']:,}", "parameters"),
     ]
-    if low is not None:
+    if low is not None and not result.vary:
         figures.insert(1, (f"{low:.0f} to {high:.0f}", "95 % interval of the IQM"))
     method = published.method_of(result.record)
     score = None if result.offline else published.score_at(result.task, summary["env_steps"], method)
@@ -117,7 +120,7 @@ def _figures(result: Result) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "failed" if value is None else f"{value:.1f}"
+    return "failed" if value is None or math.isnan(value) else f"{value:.1f}"
 
 
 def _curve(result: Result) -> str:
@@ -141,10 +144,22 @@ def _curve(result: Result) -> str:
         for i in range(len(result.seeds)):
             label = "" if i else "evaluation of each seed"
             series.append(Series(label, result.frames, result.returns[:, i], kind="thin"))
-        label = f"IQM of {len(result.seeds)} seeds, 95 % bootstrap interval"
-        series.append(Series(label, frames, centre, low, high))
+        if not result.vary:  # or it would mix settings
+            label = f"IQM of {len(result.seeds)} seeds, 95 % bootstrap interval"
+            series.append(Series(label, frames, centre, low, high))
     chart = line_chart(series, result.unit, "episode return", zero=True)
     return card(f"Return against {result.unit.split()[-1]}", chart, note, wide=True)
+
+
+def _swept(result: Result) -> str:
+    """Where the seeds differ in settings: the IQM of each setting in the last evaluation."""
+    if not result.vary:
+        return ""
+    rows = [
+        [describe(part.setting), ", ".join(map(str, part.seeds)), _number(float(iqm(part.returns[-1])))]
+        for part in by_setting(result)
+    ]
+    return card("Return by setting", table(["setting", "seeds", "IQM"], rows))
 
 
 def _distribution(result: Result) -> str:

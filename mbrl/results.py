@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 from mbrl.errors import UserError
 from mbrl.logger import read_metrics
 from mbrl.run_folder import RunFolder
+from mbrl.tasks import task_name
 
 FRAMES = "simulator frames"
 
@@ -41,9 +43,19 @@ class Result(NamedTuple):
 
     @property
     def task(self) -> str:
-        """Its name, with what the agent sees where that is not the state."""
+        """Its usual name, with what the agent sees where that is not the state."""
         shown = self.config.get("obs", "state")
-        return self.config["task"] + ("" if shown == "state" else f"_{shown}")
+        return task_name(self.config["task"]) + ("" if shown == "state" else f"_{shown}")
+
+    @property
+    def vary(self) -> dict[str, list[float]]:
+        """The settings in which its seeds differ, {dotted field: [S]}; empty but for programs of a sweep."""
+        return self.record.get("vary", {})
+
+    @property
+    def setting(self) -> dict[str, float]:
+        """Of a result that `by_setting` returned: the values of what its sweep varied; else empty."""
+        return self.record.get("setting", {})
 
     @property
     def offline(self) -> bool:
@@ -103,3 +115,43 @@ def read(path: str | os.PathLike) -> Result:
         returns=as_numbers([one["per_seed"] for one in evaluations]),
         episodes=as_numbers(summary["eval_return"]["episodes"]),
     )
+
+
+def by_setting(result: Result) -> list[Result]:
+    """A run whose seeds differ in settings as one result for each of them, with its values in its config; any
+    other run as it is. Of the summary only what `Result` has as arrays is divided."""
+    if not result.vary:
+        return [result]
+    positions: dict[tuple[float, ...], list[int]] = {}
+    for i, values in enumerate(zip(*result.vary.values(), strict=True)):
+        positions.setdefault(values, []).append(i)
+    parts = []
+    for values, own in positions.items():
+        config, setting = result.config, dict(zip(result.vary, values, strict=True))
+        for name, value in setting.items():
+            config = _with_field(config, name, value)
+        record = result.record | {"config": config, "vary": {}, "setting": setting}
+        seeds, returns = [result.seeds[i] for i in own], result.returns[:, own]
+        rows = [row for row in result.rows if row["seed"] in seeds]
+        parts.append(
+            result._replace(
+                record=record, rows=rows, seeds=seeds, returns=returns, episodes=result.episodes[own]
+            )
+        )
+    return parts
+
+
+def _with_field(config: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """A copy of a nested config with a field by its dotted name."""
+    field, _, rest = name.partition(".")
+    return {**config, field: _with_field(config[field], rest, value) if rest else value}
+
+
+def settings_of(vary: Mapping[str, Sequence[float]]) -> list[str]:
+    """The setting of each seed in words, from {dotted field: [S]}; empty where they do not differ."""
+    return [describe(dict(zip(vary, values, strict=True))) for values in zip(*vary.values(), strict=True)]
+
+
+def describe(values: Mapping[str, float]) -> str:
+    """A setting of a sweep in words."""
+    return ", ".join(f"{name}={value:g}" for name, value in values.items())

@@ -28,6 +28,7 @@ from mbrl.logger import Logger, Progress, read_metrics, results_table
 from mbrl.processes import agree
 from mbrl.programs import EVALUATE, Clock, LoopConfig, Programs, RunState, example_row, make_programs, stream
 from mbrl.replay import Replay
+from mbrl.results import settings_of
 from mbrl.run_folder import RunFolder
 from mbrl.seeds import Seeds
 from mbrl.sinks import Sink
@@ -394,10 +395,12 @@ def finish(folder: RunFolder, summary: dict[str, Any], task: str, title: str, un
     training = [[(r["step"], r["episode_return"]) for r in rows if r["seed"] == seed] for seed in seeds]
     method = published.method_of(folder.config)
     curve = published.curve(task, method) if comparable else None
-    plots.save_curve(folder.curve, evaluations, training, curve, title, unit)
+    vary = folder.config.get("vary", {})
+    plots.save_curve(folder.curve, evaluations, training, curve, title, unit, alike=not vary)
     score = published.score_at(task, summary["env_steps"], method) if comparable else None
     returns, wall = summary["eval_return"]["episodes"], summary["wall_seconds"]
     tasks = summary["eval_return"].get("tasks", {})
-    Console().print(results_table(task, summary["env_steps"], returns, wall, score, seeds, unit, tasks))
+    at, each = summary["env_steps"], settings_of(vary)
+    Console().print(results_table(task, at, returns, wall, score, seeds, unit, tasks, each))
     report.write_at_end(folder)
     print(f"report.html, curve, metrics and checkpoints: {folder.path}")

@@ -295,6 +295,13 @@ def test_results_table_of_several_tasks():
     assert "walker_walk" in out and "1.5" in out and "cup_catch" in out and "4.5" in out and "3.0" in out
 
 
+def test_results_table_of_settings_that_differ():
+    """Nothing is aggregated over them."""
+    out = printed(results_table("task", 1000, [[1.0], [7.0]], 1.0, settings=["lam=0.9", "lam=0.5"]))
+    assert "seed 0: lam=0.9" in out and "settings differ" in out
+    assert "95 %" not in out and "4.0" not in out
+
+
 def test_results_table_of_one_seed_and_of_failed_seeds():
     out = printed(results_table("pendulum", 1000, [[5.0]], 1.0))
     assert "5.0" in out and "IQM" not in out and "published" not in out

@@ -54,6 +54,12 @@ def test_every_combination_gives_a_picture(tmp_path, seeds, training, curve):
     assert [p.name for p in tmp_path.iterdir()] == ["curve.png"]
 
 
+def test_settings_that_differ_have_no_iqm(tmp_path, monkeypatch):
+    monkeypatch.setattr("mbrl.plots.aggregate", lambda points: pytest.fail("aggregated"))
+    save_curve(tmp_path / "a.png", [points(0), points(1)], alike=False)
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
 def test_evaluations_that_have_not_begun_and_arrays(tmp_path):
     save_curve(tmp_path / "a.png", [[], []], None, CURVE)
     save_curve(tmp_path / "b.png", [np.array(points(0)), np.array(points(1))], [np.array(points(2))], None)

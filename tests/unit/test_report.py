@@ -241,6 +241,13 @@ def test_errors_of_a_prediction_by_hand():
     assert np.isnan(still[0]).all() and np.isnan(still[1]).all()
 
 
+def test_an_episode_that_never_ends_crosses_no_other_ones_end():
+    ends = np.zeros((3, 10), bool)
+    assert prediction.common_length(ends) == 9
+    ends[1, 4] = ends[2, 7] = True
+    assert prediction.common_length(ends) == 4
+
+
 # Comparisons
 
 
@@ -259,6 +266,49 @@ def test_methods_are_grouped_by_their_settings(tmp_path):
         "mine",
         "dreamer, rssm, s",
     ]
+
+
+def sweep_folder(path):
+    """Two settings with two seeds each, in one program."""
+    folder = run_folder(path, 4, agent={"entropy": 0.1, "lam": 0.9})
+    record = json.loads((folder / "config.json").read_text())
+    vary = {"agent.entropy": [0.1, 0.1, 0.2, 0.2], "agent.lam": [0.9] * 4}
+    write_json(folder / "config.json", record | {"vary": vary})
+    return folder
+
+
+def test_settings_of_a_sweep_are_methods_of_their_own(tmp_path):
+    """Each with its own seeds; one that equals a run alone joins that."""
+    folder = sweep_folder(tmp_path / "group0")
+    alone = run_folder(tmp_path / "alone", 3, agent={"entropy": 0.2, "lam": 0.9})
+    returns, first, second = report.read(folder).returns, *compare.methods_of([str(folder), str(alone)])
+    assert (first.name, second.name) == ("entropy=0.1", "entropy=0.2")
+    assert [run.seeds for run in first.runs] == [[0, 1]]
+    assert [run.seeds for run in second.runs] == [[2, 3], [0, 1, 2]]
+    np.testing.assert_array_equal(second.runs[0].returns, returns[:, 2:])
+    assert {row["seed"] for row in second.runs[0].rows} == {2, 3}
+    names = [method.name for method in compare.methods_of([f"mine={folder}"])]
+    assert names == ["mine, agent.entropy=0.1, agent.lam=0.9", "mine, agent.entropy=0.2, agent.lam=0.9"]
+    found = compare.compare([first, second], samples=10)
+    assert found.counts == {"entropy=0.1": [2], "entropy=0.2": [5]}
+
+
+def test_a_report_aggregates_no_settings_that_differ(tmp_path):
+    folder = sweep_folder(tmp_path / "group0")
+    shown = " ".join(check(report.write(folder).read_text()).text)
+    assert "IQM of" not in shown and "interval of the IQM" not in shown
+    assert "Return by setting" in shown and "agent.entropy=0.2, agent.lam=0.9" in shown
+    expected = statistics.iqm(report.read(folder).returns[-1, :2])
+    assert f"{expected:.1f}" in shown and "2 settings" in shown
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("cup_catch", "ball_in_cup_catch"), ("mt3", "cartpole_swingup,pendulum_swingup, ball_in_cup_catch")],
+)
+def test_names_of_one_task_are_one(tmp_path, one, other):
+    folders = [run_folder(tmp_path / f"{i}", 2, task=task) for i, task in enumerate((one, other))]
+    assert len(compare.compare(compare.methods_of(list(map(str, folders))), samples=10).tasks) == 1
 
 
 def test_what_changes_no_result_makes_no_method(tmp_path):
@@ -280,7 +330,7 @@ def test_a_comparison_is_that_of_the_statistics(tmp_path):
     extra = run_folder(tmp_path / "c", 2, task="cheetah_run")
     methods = compare.methods_of([f"a={a1}", f"a={a2}", f"b={b1}", f"b={b2}", f"b={extra}"])
     found = compare.compare(methods, scale=500.0, threshold=0.6, samples=200)
-    assert found.tasks == ["cup_catch", "walker_walk"] and found.missing == ["cheetah_run"]
+    assert found.tasks == ["ball_in_cup_catch", "walker_walk"] and found.missing == ["cheetah_run"]
     assert found.frames == [30_000, 20_000] and found.counts == {"a": [4, 3], "b": [5, 2]}
     result = {f: report.read(f) for f in (a1, a2, b1, b2)}
     a = [result[a1].returns[2] / 500, result[a2].returns[1] / 500]
@@ -322,7 +372,7 @@ def test_published_scores_are_those_of_the_runs_own_method(tmp_path, agent, row)
     write_json(folder / "config.json", record | {"agent": agent})
     found = compare.compare(compare.methods_of([str(folder)]), samples=10)
     _, head, rows = compare.tables(found)[-1]
-    assert head == ["method", "cup_catch"] and len(rows) == 1 + row
+    assert head == ["method", "ball_in_cup_catch"] and len(rows) == 1 + row
     if row:
         method = published.METHODS[agent]
         known = published.score_at("cup_catch", 120_000, method)
