@@ -36,6 +36,9 @@ from mbrl.population import can_vary, look_up, with_values
 from mbrl.run_folder import RunFolder, jsonable, portable, write_json
 from mbrl.statistics import bootstrap_interval, iqm
 
+OWN = {"seed": None, "num_seeds": None, "run_dir": None, "resume": False, "distributed": False}
+"""Flags of an experiment that a sweep gives itself, and what they are where nobody gives them."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -77,46 +80,111 @@ def experiment(script: Path, flags: list[str]) -> SimpleNamespace:
     return found
 
 
-def parse_value(base: Any, name: str, text: str) -> Any:
+@dataclass(frozen=True)
+class Axis:
+    """What a field may be: one of ``values``, or any number between the two of a range, drawn uniformly or,
+    with ``log``, so that its logarithm is."""
+
+    name: str
+    values: tuple[Any, ...]
+    is_range: bool = False
+    log: bool = False
+
+    def draw(self, rng: np.random.Generator) -> Any:
+        if not self.is_range:
+            return self.values[rng.integers(len(self.values))]
+        low, high = np.log(self.values) if self.log else self.values
+        number = rng.uniform(low, high)
+        return type(self.values[0])(np.exp(number) if self.log else number)
+
+
+def parse_axis(item: str, base: Any) -> Axis:
+    """FIELD=VALUES for a field of ``base``; UserError for what is none."""
+    name, equals, text = item.partition("=")
+    if not equals:
+        raise UserError(f"--vary {item} must be FIELD=VALUES")
+    if name in ("seed", "num_seeds"):
+        raise UserError(
+            f"--vary {name}: every setting has own seeds, as many as --num-seeds says, from --seed on"
+        )
+    if name in OWN or name == "data_parallel":
+        raise UserError(f"--vary {name}: this is the same for the whole sweep")
     kind = type(look_up(base, name))
+    if kind not in (int, float, str, bool):
+        raise UserError(f"--vary {name} is {kind.__name__}, it must be a number, a text, or true or false")
+    if kind not in (int, float) or ":" not in text:
+        return Axis(name, tuple(parse_value(name, kind, part) for part in text.split(",")))
+    log, *limits = text.split(":") if text.startswith("log:") else ("", *text.split(":"))
+    if len(limits) != 2:
+        raise UserError(f"--vary {item}: a range is LOW:HIGH or log:LOW:HIGH")
+    low, high = (parse_value(name, kind, limit) for limit in limits)
+    if not low < high < np.inf or (log and not low > 0):
+        above = " and above 0" * bool(log)
+        raise UserError(f"--vary {item}: LOW must be below HIGH{above}")
+    return Axis(name, (low, high), True, bool(log))
+
+
+def parse_value(name: str, kind: type, text: str) -> Any:
     try:
         return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError):
         raise UserError(f"--vary {name} has the value {text!r}, it must be {kind.__name__}") from None
 
 
 def settings(config: Config, base: Any) -> list[dict[str, Any]]:
     """The settings of the sweep, {dotted field: value} each."""
-    rng, axes = np.random.default_rng(config.seed), {}
-    for item in config.vary:
-        name, equals, text = item.partition("=")
-        if not equals:
-            raise UserError(f"--vary {item} must be FIELD=VALUES")
-        if name in ("seed", "num_seeds"):
-            raise UserError(
-                f"--vary {name}: every setting has own seeds, as many as --num-seeds says, from --seed on"
-            )
-        axes[name] = [part.split(",") for part in text.split(":")]
+    axes = [parse_axis(item, base) for item in config.vary]
+    names = [axis.name for axis in axes]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"--vary names {twice} twice")
     if config.search == "grid":
-        if ranges := [name for name, parts in axes.items() if len(parts) > 1]:
+        if ranges := [axis.name for axis in axes if axis.is_range]:
             raise UserError(f"--vary {ranges[0]} is a range: use --search random, or list its values")
-        values = [[parse_value(base, name, text) for text in parts[0]] for name, parts in axes.items()]
-        return [dict(zip(axes, combined, strict=True)) for combined in itertools.product(*values)]
-
-    def draw(name, parts):
-        if len(parts) == 1:
-            return parse_value(base, name, str(rng.choice(parts[0])))
-        log = parts[0] == ["log"]
-        low, high = (float(parse_value(base, name, part[0])) for part in parts[log:])
-        number = np.exp(rng.uniform(np.log(low), np.log(high))) if log else rng.uniform(low, high)
-        return type(look_up(base, name))(number)
-
+        combined = itertools.product(*(axis.values for axis in axes))
+        return [dict(zip(names, values, strict=True)) for values in combined]
     check_at_least("trials", config.trials, 1)
-    return [{name: draw(name, parts) for name, parts in axes.items()} for _ in range(config.trials)]
+    rng = np.random.default_rng(config.seed)
+    return [{axis.name: axis.draw(rng) for axis in axes} for _ in range(config.trials)]
 
 
-def train_group(found: SimpleNamespace, base: Any, group: list[dict], fields: list[str], seeds: int) -> Any:
+def programs(
+    config: Config, flags: list[str], base: SimpleNamespace
+) -> list[tuple[SimpleNamespace, list[dict[str, Any]]]]:
+    """What is trained together: (the experiment with what its settings share, settings) of each program.
+
+    What a setting changes reaches the experiment as flags, so that presets, and what else follows from a
+    flag, apply; but for the numbers in which the members of a program differ.
+    """
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    decided = {(): base}  # by what says which other fields there are: the preset, the world model, ...
+    for setting in settings(config, base.config):
+        deciding = tuple((k, v) for k, v in setting.items() if "." not in k)
+        if deciding not in decided:
+            decided[deciding] = experiment(config.script, flags + as_flags(deciding))
+        own = decided[deciding].config
+        for name in setting:
+            look_up(own, name)
+        fixed = tuple((k, v) for k, v in setting.items() if not can_vary(own, k))
+        groups.setdefault(fixed, []).append(setting)
+    made = [experiment(config.script, flags + as_flags(fixed)) if fixed else base for fixed in groups]
+    return list(zip(made, groups.values()))
+
+
+def as_flags(values: Sequence[tuple[str, Any]]) -> list[str]:
+    """Fields by their dotted names as flags of an experiment."""
+    flags = []
+    for name, value in values:
+        path, dot, last = name.replace("_", "-").rpartition(".")
+        if isinstance(value, bool):
+            flags.append(f"--{path}{dot}{'' if value else 'no-'}{last}")
+        else:
+            flags.append(f"--{path}{dot}{last}={value}")
+    return flags
+
+
+def train_group(found: SimpleNamespace, base: Any, group: list[dict], seeds: int) -> Any:
     """The summary of a run whose members are ``seeds`` of each setting; from its folder where it is there."""
+    fields = [name for name in group[0] if can_vary(base, name)]
     members = [setting for setting in group for _ in range(seeds)]
     vary = {name: [member[name] for member in members] for name in fields} if len(group) > 1 else {}
     config = with_values(base, {k: v for k, v in group[0].items() if k not in vary})
@@ -156,11 +224,10 @@ def report(rows: list[dict[str, Any]], folder: Path) -> None:
 
 def check_flags(flags: Sequence[str]) -> None:
     """UserError for flags of the experiment that the sweep would override."""
-    own = dict(seed=None, num_seeds=None, run_dir=None, resume=False)
-    given = early_flags(flags, **own, distributed=False)
+    given = early_flags(flags, **OWN)
     if given.distributed:
         raise UserError("--distributed is not for sweeps: a sweep runs in one process")
-    for name, unset in own.items():
+    for name, unset in OWN.items():
         if getattr(given, name) != unset:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} belongs to the sweep itself: give it before --, or not at all")
@@ -175,25 +242,21 @@ def main(argv: Sequence[str]) -> None:
     folder = Path(config.sweep_dir or default_folder("sweep"))
     # As many seeds as all settings could need: the CPU's virtual devices are counted from it.
     count = config.trials if config.search == "random" else np.prod([1 + v.count(",") for v in config.vary])
-    found = experiment(config.script, [*flags, "--num-seeds", str(count * config.num_seeds)])
+    flags += ["--num-seeds", str(count * config.num_seeds)]
+    found = experiment(config.script, flags)
     if found.config.task == NO_TASK:
         raise UserError(
             "a sweep compares returns: with --offline, name the environment to evaluate in by --task"
         )
-    groups: dict[tuple, list[dict[str, Any]]] = {}
-    for setting in settings(config, found.config):
-        fixed = tuple((k, v) for k, v in setting.items() if not can_vary(found.config, k))
-        groups.setdefault(fixed, []).append(setting)
-    print(
-        f"{sum(map(len, groups.values()))} settings with {config.num_seeds} seeds, {len(groups)} program(s)"
-    )
+    groups = programs(config, flags, found)
+    count = sum(len(group) for _, group in groups)
+    print(f"{count} settings with {config.num_seeds} seeds, {len(groups)} program(s)")
     rows, seed = [], config.seed
-    for number, group in enumerate(groups.values()):
-        fields = [name for name in group[0] if can_vary(found.config, name)]
+    for number, (found, group) in enumerate(groups):
         name, size = f"group{number}", len(group) * config.num_seeds
         place = {"run_dir": str(folder / name), "seed": seed, "num_seeds": size}
         base = dataclasses.replace(found.config, **place)
-        summary = train_group(found, base, group, fields, config.num_seeds)
+        summary = train_group(found, base, group, config.num_seeds)
         returns = np.reshape(summary["eval_return"]["per_seed"], (len(group), -1))
         for i, (setting, values) in enumerate(zip(group, returns, strict=True)):
             own = range(seed + i * config.num_seeds, seed + (i + 1) * config.num_seeds)

@@ -33,7 +33,9 @@ def use_cpu_devices(num_seeds: int, data: int = 1) -> None:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     data = min(data, 256)  # more is a slip, and refused where devices are counted
-    jax.config.update("jax_num_cpu_devices", data * _divisor(num_seeds, max(1, cores // data)))
+    count = data * _divisor(num_seeds, max(1, cores // data))
+    if jax.config.values["jax_num_cpu_devices"] != count:  # setting it is refused once a computation was made
+        jax.config.update("jax_num_cpu_devices", count)
 
 
 def use_compilation_cache() -> None:

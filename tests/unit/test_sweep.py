@@ -46,8 +46,11 @@ def sweep(monkeypatch):
     found = SimpleNamespace(config=Settings(), parts=("dreamer", None, 0, "Dreamer"), run=run)
 
     def experiment(path, flags):
+        """Of the flags, --agent.units is obeyed."""
+        units = [int(flag.partition("=")[2]) for flag in flags if flag.startswith("--agent.units=")]
+        agent = replace(found.config.agent, units=units[-1] if units else found.config.agent.units)
         found.flags = flags
-        return found
+        return SimpleNamespace(**vars(found) | {"config": replace(found.config, agent=agent)})
 
     monkeypatch.setitem(main.__globals__, "experiment", experiment)
 
@@ -68,7 +71,7 @@ def test_numbers_share_a_program_and_shapes_do_not(sweep, tmp_path):
     )
     assert [(c.agent.units, c.seed, c.num_seeds) for c, _ in runs] == [(8, 0, 4), (16, 4, 4)]
     assert all(vary == {"agent.entropy": [0.1, 0.1, 0.2, 0.2]} for _, vary in runs)
-    assert sweep.found.flags == ["--task", "pendulum", "--num-seeds", "8"]
+    assert sweep.found.flags == ["--task", "pendulum", "--num-seeds", "8", "--agent.units=16"]
     rows = json.loads((tmp_path / "results.json").read_text())
     best = [(row["setting"]["agent.entropy"], row["setting"]["agent.units"], row["seeds"]) for row in rows]
     assert best == [(0.2, 16, [6, 7]), (0.2, 8, [2, 3]), (0.1, 16, [4, 5]), (0.1, 8, [0, 1])]
@@ -95,6 +98,9 @@ def test_random_search_draws_from_ranges_and_lists(sweep, tmp_path):
     assert sweep(*flags)[0][1] == vary
 
 
+RANDOM = ["--search", "random", "--vary"]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -110,11 +116,60 @@ def test_random_search_draws_from_ranges_and_lists(sweep, tmp_path):
         (["--vary", "agent.entropy=0.1,0.2", "--", "--resume"], "--resume belongs to the sweep"),
         (["--vary", "agent.entropy=0.1,0.2", "--", "--distributed"], "--distributed is not for sweeps"),
         (["--vary", "agent.units=0.5"], "it must be int"),
+        (["--vary", "run_dir=a,b"], "run_dir: this is the same for the whole sweep"),
+        (["--vary", "resume=true,false"], "resume: this is the same for the whole sweep"),
+        (["--vary", "agent=1,2"], "agent is DreamerConfig, it must be a number"),
+        (["--vary", "agent.lam=0.1", "agent.lam=0.2"], "names agent.lam twice"),
+        ([*RANDOM, "agent.entropy=1:2:3"], "a range is LOW:HIGH or log:LOW:HIGH"),
+        ([*RANDOM, "agent.entropy=log:1"], "a range is LOW:HIGH or log:LOW:HIGH"),
+        ([*RANDOM, "agent.entropy=0.1,0.2:0.3"], "it must be float"),
+        ([*RANDOM, "agent.entropy=log:0:1"], "LOW must be below HIGH and above 0"),
+        ([*RANDOM, "agent.entropy=0.2:0.1"], "LOW must be below HIGH"),
+        ([*RANDOM, "agent.entropy=0.1:inf"], "LOW must be below HIGH"),
     ],
 )
 def test_mistakes_are_sentences(sweep, tmp_path, flags, words):
     with pytest.raises(UserError, match=words):
         sweep("--sweep-dir", str(tmp_path), *flags)
+
+
+@pytest.fixture
+def programs(monkeypatch, tmp_path):
+    """``programs(vary, more) -> configs``: of the programs of a sweep over Dreamer, as its experiment makes
+    them from flags; nothing is trained."""
+    main, made = script("sweep"), []
+
+    def train_group(found, base, group, seeds):
+        made.append(base)
+        return {"eval_return": {"per_seed": [0.0] * len(group) * seeds}}
+
+    monkeypatch.setitem(main.__globals__, "train_group", train_group)
+
+    def call(*vary, more=()):
+        own = ["--sweep-dir", str(tmp_path), "--num-seeds", "1", "--vary", *vary]
+        main(["experiments/dreamer_dmc.py", *own, "--", "--task", "pendulum", *more])
+        return made
+
+    return call
+
+
+def test_what_a_setting_decides_follows(programs):
+    """A preset and a world model bring their own settings, as by the flags of the experiment."""
+    configs = programs("preset=xs,s", "world_model=rssm,s4wm", "agent.lam=0.8,0.9", more=["--preset=xs"])
+    assert [(c.preset, c.world_model, c.num_seeds) for c in configs] == [
+        *(("xs", "rssm", 2), ("xs", "s4wm", 2), ("s", "rssm", 2), ("s", "s4wm", 2))
+    ]
+    assert [c.agent.imag_starts for c in configs] == [16, 16, 64, 64]
+    assert [hasattr(c.model, "ssm_size") for c in configs] == [False, True, False, True]
+    assert configs[3].agent.scale_rec == 30.0
+
+
+def test_switches_and_fields_that_a_planner_does_not_have(programs):
+    configs = programs("agent.replay_context=true,false", more=["--preset", "xs"])
+    assert [c.agent.replay_context for c in configs] == [True, False]
+    with pytest.raises(UserError, match=r"search.temperature"):
+        programs("planner=mppi,random", "search.temperature=0.2,0.5", more=["--preset", "xs"])
+    assert len(configs) == 2  # before anything is trained
 
 
 def test_a_folder_of_another_sweep_is_refused(sweep, tmp_path):
