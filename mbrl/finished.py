@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from mbrl.drivers import Source, make_pool, stored_source
 from mbrl.errors import UserError, check_at_least
 from mbrl.imagination import rollout
 from mbrl.planning import PlanConfig
-from mbrl.population import with_hyper
+from mbrl.population import with_hyper, with_values
 from mbrl.programs import EVALUATE, LoopConfig, stream
 from mbrl.run_folder import RunFolder
 from mbrl.seeds import Seeds
@@ -34,10 +34,12 @@ ONLY_MODEL = {"tdmpc": "tdmpc", "pets": "ensemble"}  # of agents that have but o
 
 
 class Parts(NamedTuple):
-    """What a run is made of, rebuilt from its stored config."""
+    """What a run is made of, rebuilt from its stored config. model: without the numbers in which members of a
+    sweep differ; model_of(train): with those of a seed."""
 
     source: Source
     model: WorldModel
+    model_of: Callable[[PyTree], WorldModel]
     agent: Agent
     loop: LoopConfig
 
@@ -74,8 +76,14 @@ def rebuild(stored: Mapping[str, Any]) -> Parts:
         # The length of the run shapes the learning rate only, and a finished run learns no more.
         return assemble(agents, settings, source.spec, model, 1, rules)
 
-    agent = with_hyper(build, settings, list(stored.get("vary", ())))
-    return Parts(source, factory(settings.model, source.spec), agent, loop)
+    names = stored.get("applied", list(stored.get("vary", ())))
+
+    def model_of(train) -> WorldModel:
+        own = with_values(settings, {name: train.hyper[name] for name in names})
+        return factory(own.model, source.spec)
+
+    model = factory(settings.model, source.spec)
+    return Parts(source, model, model_of, with_hyper(build, settings, names), loop)
 
 
 def load(run_dir: str | os.PathLike, **acting: Any) -> Finished:
@@ -90,24 +98,31 @@ def load(run_dir: str | os.PathLike, **acting: Any) -> Finished:
     parts, config = rebuild(stored), stored["config"]
     seeds = Seeds.make(config["seed"], config["num_seeds"])
     shapes = jax.eval_shape(seeds.program(parts.agent.init), seeds.keys())
+    if varied := stored.get("vary"):  # saved, whether or not it is applied
+        number = jax.ShapeDtypeStruct((len(seeds),), jnp.float32)
+        shapes = shapes._replace(hyper=dict.fromkeys(varied, number))
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=seeds.sharding), shapes)
     restored = checkpoints.restore(Path(run_dir) / "checkpoints", like, part=".train")
     return Finished(Path(run_dir), stored, restored.step, parts, seeds, restored.state)
 
 
 def act_by(stored: dict[str, Any], acting: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``config.json`` would hold if the run acted by other settings; see `load`."""
+    """What ``config.json`` would hold if the run acted by other settings; see `load`. Its entry "applied"
+    names what a sweep varied and they leave as it was."""
     if not acting:
         return stored
     for name in acting:
         choose("what load() replaces", name, ["planner", "search", "plan"])
-    config = stored.get("config", {})
+    config, varied = stored.get("config", {}), list(stored.get("vary", ()))
     changed = dict(config)
     if acting.get("planner", config.get("planner", "none")) != config.get("planner", "none"):
         changed |= {"planner": acting["planner"], "search": {}}
+        varied = [name for name in varied if not name.startswith("search.")]
     for name in ("search", "plan"):
-        changed[name] = {**changed.get(name, {}), **acting.get(name, {})}
-    return stored | {"config": changed}
+        given = acting.get(name, {})
+        changed[name] = {**changed.get(name, {}), **given}
+        varied = [one for one in varied if one not in {f"{name}.{field}" for field in given}]
+    return stored | {"config": changed, "applied": varied}
 
 
 def start_from(learned: Mapping[str, PyTree], train: PyTree) -> PyTree:
@@ -242,7 +257,7 @@ class Finished:
         if actions.ndim != 3 or actions.shape[1:] != (past.reward.shape[1], self.spec.action.size):
             expected = f"[H, {past.reward.shape[1]}, {self.spec.action.size}]"
             raise UserError(f"actions must have shape {expected}, found {list(actions.shape)}")
-        return self._imagine(self._learned_once(self._index(seed)).params["model"], past, actions)
+        return self._imagine(self._learned_once(self._index(seed)), past, actions)
 
     def film(self, path: str | os.PathLike, seed: int | None = None) -> float:
         """Films one episode of a seed's deterministic policy as MP4, of the first of several tasks, and
@@ -323,9 +338,8 @@ class Finished:
 
     @functools.cached_property
     def _imagine(self):
-        model = self.model
-
-        def imagine(params, past: Trajectory, actions):
+        def imagine(train, past: Trajectory, actions):
+            model, params = self.parts.model_of(train), train.params["model"]
             observe_key, key = jax.random.split(jax.random.key(0))
             steps, batch = past.reward.shape
             keys = jax.random.split(observe_key, steps)

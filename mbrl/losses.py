@@ -123,7 +123,9 @@ def episode_discount(max_steps: int | None, given: Any = 0.0) -> Any:
     1 - 5 / max_steps within [0.95, 0.995], so that five horizons fit into an episode (TD-MPC2's heuristic).
     Without a time limit: 0.995."""
     suited = 0.995 if max_steps is None else min(max(1 - 5 / max_steps, 0.95), 0.995)
-    return suited if is_known(given) and given == 0 else given
+    if is_known(given):
+        return suited if given == 0 else given
+    return jnp.where(given == 0, suited, given)
 
 
 def steps_since_start(is_first: Bool[Array, "T *batch"]) -> Int[Array, "T *batch"]:

@@ -82,7 +82,7 @@ def with_hyper(build: Callable[[C], Agent], config: C, names: Sequence[str]) -> 
         return build(config)
 
     def agent(train: Any) -> Agent:
-        return build(with_values(config, train.hyper))
+        return build(with_values(config, {name: train.hyper[name] for name in names}))
 
     def init(key: Array) -> Any:
         start = {name: jnp.float32(look_up(config, name)) for name in names}

@@ -3,6 +3,7 @@ the loop."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -90,6 +91,15 @@ def script(name: str) -> Callable[..., None]:
     sys.modules[name] = module  # its annotations are looked up there
     spec.loader.exec_module(module)
     return module.main
+
+
+def stored_run(
+    name: str, planner: str, agent: dict | None = None, model: dict | None = None
+) -> dict[str, Any]:
+    """What ``config.json`` holds of the experiment ``name`` on pendulum, preset s, with a few fields changed."""
+    config = script(name).__globals__["default_config"]("s", planner=planner)
+    config = override(config, {"task": "pendulum", "agent": agent or {}, "model": model or {}})
+    return {"agent": name.partition("_")[0], "config": dataclasses.asdict(config)}
 
 
 def tiny_run(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from mbrl.config import config_type, load_factory
+from mbrl.errors import UserError
 from mbrl.losses import episode_discount
 from mbrl.planning import (
     Objective,
@@ -93,9 +94,11 @@ def assemble(
     if not spec.tasks:
         discount = episode_discount(spec.max_steps, discount)
     agent = agents.make(config.agent, spec, model, discount, updates)
-    if config.planner == "none":
-        return agent
     simulator = agents.make_simulator(config.agent, spec, model, discount)
+    if config.planner == "none":
+        if simulator.policy is None:
+            raise UserError("planner is none, but this agent has no policy: name one to choose its actions")
+        return agent
     rule = find_rule(config.planner, rules)(config.search, spec.action)
     planner = make_planner(simulator, rule, config.plan)
     # The objective adds no discount: it is in the model's ``cont``.

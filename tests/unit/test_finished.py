@@ -15,7 +15,8 @@ from mbrl.drivers import Source
 from mbrl.errors import UserError
 from mbrl.programs import RunState
 from mbrl.seeds import Seeds
-from tests.helpers import TINY, assert_same, on_one_device, one_seed, script, tiny_tdmpc_run
+from mbrl.types import Trajectory
+from tests.helpers import TINY, assert_same, on_one_device, one_seed, script, stored_run, tiny_tdmpc_run
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +139,46 @@ def test_another_planner_has_its_own_settings():
     assert same["search"] == {"elites": 3} and same["plan"] == {"particles": 2, "value": 0.0}
     other = finished.act_by(stored, {"planner": "icem", "search": {"samples": 8}})["config"]
     assert other["planner"] == "icem" and other["search"] == {"samples": 8}
+
+
+def test_a_sweep_over_a_planner_can_act_by_another(tmp_path):
+    """What was varied of the run's own planner is no setting of the other one, nor is what is given anew."""
+    stored = stored_run("tdmpc_dmc", "mppi", {"units": 8}, {"units": 8, "encoder_units": 8, "latent": 8})
+    stored |= {"vary": {"search.temperature": [0.3, 0.6], "plan.value": [0.5, 1.0]}}
+    stored["config"] |= {"num_seeds": 2}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    parts, seeds = finished.rebuild(stored), Seeds.make(0, 2)
+    train = seeds.program(parts.agent.init)(seeds.keys())
+    assert set(train.hyper) == set(stored["vary"])
+    checkpoints.save(tmp_path / "checkpoints", 1, RunState(train, (), (), (), ()))
+    small = {"samples": 4, "horizon": 2}
+    run = mbrl.load(tmp_path, planner="random", search=small)
+    assert run.config["applied"] == ["plan.value"]
+    assert run.act({"orientation": np.ones(2), "velocity": np.ones(1)})[0].shape == (1,)
+    assert finished.act_by(stored, {"plan": {"value": 0.0}})["applied"] == ["search.temperature"]
+
+
+def test_an_agent_without_a_policy_needs_a_planner(tmp_path):
+    """Or it would be evaluated acting at random."""
+    (tmp_path / "config.json").write_text(json.dumps(stored_run("pets", "random")))
+    with pytest.raises(UserError, match="planner is none, but this agent has no policy"):
+        mbrl.load(tmp_path, planner="none")
+
+
+def test_the_discount_of_a_member_is_its_own():
+    """Of what its world model expects, in a sweep over the discount."""
+    stored = stored_run("tdmpc_dmc", "none", {"units": 8}, {"units": 8, "encoder_units": 8, "latent": 8})
+    stored["config"] |= {"num_seeds": 2}
+    parts, seeds = finished.rebuild(stored | {"vary": {"model.discount": [0.5, 0.9]}}), Seeds.make(0, 2)
+    train = seeds.program(parts.agent.init)(seeds.keys())
+    train = train._replace(hyper={"model.discount": np.float32([0.5, 0.9])})
+    run = finished.Finished(Path(), stored, 0, parts, seeds, train)
+    obs = {key: np.zeros((1, 1, *entry.shape), np.float32) for key, entry in run.spec.obs.items()}
+    no = np.zeros((1, 1), bool)
+    past = Trajectory(obs, np.zeros((1, 1, 1), np.float32), np.zeros((1, 1), np.float32), ~no, no, no)
+    for seed, discount in enumerate((0.5, 0.9)):
+        imagined = run.imagine(past, np.zeros((2, 1, 1), np.float32), seed=seed)
+        np.testing.assert_allclose(imagined.cont, discount, rtol=1e-6)
 
 
 def test_no_run_and_settings_of_another_release(run_dir, tmp_path):

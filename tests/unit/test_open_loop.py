@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 from pathlib import Path
 
@@ -11,11 +10,10 @@ import pytest
 from PIL import Image
 
 from mbrl import experiment, finished, open_loop
-from mbrl.config import override
 from mbrl.errors import UserError
 from mbrl.seeds import Seeds
 from mbrl.types import Trajectory
-from tests.helpers import script
+from tests.helpers import stored_run
 
 T, N, H, W = 50, 2, 3, 4
 
@@ -85,10 +83,7 @@ class Stage:
 
 def untrained(script_name: str, planner: str, run_dir: Path) -> finished.Finished:
     """A run of an experiment on pendulum, as `mbrl.load` rebuilds it, that has learned nothing."""
-    config = script(script_name).__globals__["default_config"]("s", planner)
-    config = dataclasses.replace(config, task="pendulum")
-    small = {"model": {"units": 8}, "agent": {}} if script_name == "pets" else {"agent": {"units": 8}}
-    stored = {"agent": script_name.split("_")[0], "config": dataclasses.asdict(override(config, small))}
+    stored = stored_run(script_name, planner)
     parts, seeds = finished.rebuild(stored), Seeds.make(3, 1)
     return finished.Finished(run_dir, stored, 0, parts, seeds, seeds.program(parts.agent.init)(seeds.keys()))
 

@@ -19,6 +19,7 @@ from mbrl.agents.pets import PETSConfig
 from mbrl.agents.planning import assemble
 from mbrl.agents.tdmpc import TDMPCConfig
 from mbrl.errors import UserError
+from mbrl.losses import episode_discount
 from mbrl.optimisers import OptimiserConfig
 from mbrl.planning import PlanConfig, RuleConfig
 from mbrl.population import check_varied, varying, with_hyper, with_values
@@ -138,6 +139,20 @@ def test_nothing_branches_on_what_may_vary(case):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes(agent)) == jax.tree.map(
         lambda x: (x.shape, x.dtype), shapes(plain)
     )
+
+
+def test_a_varied_discount_of_0_is_the_one_that_suits_the_episodes():
+    """As in a run alone, where 0 is known before anything is compiled."""
+    suited = jax.jit(partial(episode_discount, 100))(jnp.array([0.0, 0.9]))
+    np.testing.assert_allclose(suited, [episode_discount(100, 0.0), 0.9])
+    assert episode_discount(100, 0.0) == 0.95
+
+    def cont(discount):
+        model = world_models.tdmpc.make(with_values(TDMPC_MODEL, {"discount": discount}), SPEC)
+        params = model.init(jax.random.key(0))
+        return model.predict(params, model.init_state(params, 1).now).cont[0]
+
+    np.testing.assert_allclose(jax.vmap(cont)(jnp.array([0.0, 0.9])), [0.95, 0.9])
 
 
 @pytest.mark.parametrize(
