@@ -41,7 +41,8 @@ class Dataset(NamedTuple):
 
 
 def from_run(run_dir: str | os.PathLike) -> Dataset:
-    """The episodes in a run's replay, all seeds and environments, in the order in which they were recorded.
+    """The episodes in a run's replay, all seeds and environments, in the order in which they were recorded;
+    of a run that learned from recorded episodes, these.
 
     Episodes that were still going on, or whose beginning replay has overwritten, are cut there. Raises
     UserError when there is no run or no checkpoint.
@@ -54,6 +55,8 @@ def from_run(run_dir: str | os.PathLike) -> Dataset:
     )
     spec = stored_source(stored).spec
     inserted = arrays.pop(".replay.inserted")
+    if stored["config"].get("offline"):  # then every seed has the same rows
+        inserted = inserted[:1]
     rows: dict[str, Any] = {path.removeprefix(".replay.data."): x for path, x in arrays.items()}
     data = Trajectory(obs={k: rows[f"obs[{k!r}]"] for k in spec.obs}, **{k: rows[k] for k in _FIELDS})
     episodes = []

@@ -27,7 +27,14 @@ def make_device(
     record: return (returns, Trajectory [S, T, episodes]) instead, the final observation included; what
     follows the first ``is_last`` of a column is no part of the evaluation.
     """
+    program = device_program(agent, env, seeds, episodes, record)
+    return lambda train, keys: seeds.fetch(program(train, keys))
 
+
+def device_program(
+    agent: Agent, env: JaxEnv, seeds: Seeds, episodes: int, record: bool = False
+) -> Callable[..., Any]:
+    """What `make_device` runs; its results stay on the device."""
     max_steps = env.spec.max_steps or MAX_STEPS
 
     def one_seed(train, key):
@@ -53,12 +60,14 @@ def make_device(
             jnp.zeros(episodes, bool),
             jnp.zeros(episodes),
         )
-        # One step more where it is recorded, as rows are taken before they are acted on.
-        carry, rows = jax.lax.scan(body, carry, jax.random.split(loop_key, max_steps + record))
-        return (carry[-1], rows) if record else carry[-1]
+        carry, rows = jax.lax.scan(body, carry, jax.random.split(loop_key, max_steps))
+        if not record:
+            return carry[-1]
+        _, timestep, actor, first, _, returns = carry
+        last = _row(timestep, actor.action, first, jnp)  # rows are taken before they are acted on
+        return returns, jax.tree.map(lambda xs, x: jnp.concatenate([xs, x[None]]), rows, last)
 
-    program = seeds.program(one_seed)
-    return lambda train, keys: seeds.fetch(program(train, keys))
+    return seeds.program(one_seed)
 
 
 def _row(timestep: TimeStep, action: Any, first: Any, xp: Any) -> Trajectory:

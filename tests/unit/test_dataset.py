@@ -29,10 +29,10 @@ def rows(seeds: int, count: int, length: int) -> Transition:
     return Transition(obs, action, ids.astype(np.float32), first, last, last)
 
 
-def write_run(path, written: int, seeds: int = 2, length: int = 4):
+def write_run(path, written: int, seeds: int = 2, length: int = 4, **more):
     """A run folder whose checkpoint holds a ring into which ``written`` rows went."""
     path.mkdir()
-    config = {"task": "pendulum", "loop": {"action_repeat": 2}}
+    config = {"task": "pendulum", "loop": {"action_repeat": 2}, **more}
     (path / "config.json").write_text(json.dumps({"config": config}))
     every = rows(seeds, written, length)
     ring = dataset._map(lambda x: np.zeros((seeds, CAPACITY, *x.shape[2:]), x.dtype), every)
@@ -45,6 +45,12 @@ def write_run(path, written: int, seeds: int = 2, length: int = 4):
     state = ReplayState(ring, np.full(seeds, written, np.int32), np.zeros(seeds, np.int32))
     assert checkpoints.save(path / "checkpoints", written, RunState(np.ones(2), (), state, (), ()))
     return path
+
+
+def test_recorded_episodes_are_exported_once(tmp_path):
+    """Every seed of such a run has them in its replay."""
+    run = write_run(tmp_path / "run", 8, offline="data")
+    assert sum(len(episode.reward) for episode in dataset.from_run(run).episodes) == 8 * ENVS
 
 
 @pytest.mark.parametrize("written", [7, 10, 23])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +33,17 @@ def lengths_env() -> JaxEnv:
         return left - 1, show(left - 1, 1 + action[0])
 
     return JaxEnv(SPEC, reset, step)
+
+
+def endless(env: JaxEnv) -> JaxEnv:
+    """The same without ends and without a time limit."""
+
+    def step(state, action, key):
+        state, timestep = env.step(state, action, key)
+        no = jnp.zeros((), bool)
+        return state, timestep._replace(is_last=no, is_terminal=no)
+
+    return JaxEnv(dataclasses.replace(env.spec, max_steps=None), env.reset, step)
 
 
 class LengthsHost:
@@ -94,8 +107,20 @@ def test_device_counts_whole_episodes_and_nothing_after_them():
     np.testing.assert_allclose(evaluate(jnp.array([0.5, -1.0]), keys), ones * [[1.5], [0.0]])
 
 
+def test_what_is_recorded_counts_the_same_steps(monkeypatch):
+    """Of an episode that never ends, as many rewards as are evaluated, and one observation more."""
+    monkeypatch.setattr(evaluation, "MAX_STEPS", 7)
+    env = endless(lengths_env())
+    returns = evaluation.make_device(agent(), env, SEEDS, EPISODES)(jnp.zeros(2), SEEDS.keys())
+    again, played = evaluation.make_device(agent(), env, SEEDS, EPISODES, True)(jnp.zeros(2), SEEDS.keys())
+    np.testing.assert_array_equal(returns, 7)
+    np.testing.assert_array_equal(again, returns)
+    assert played.reward.shape == (2, 8, EPISODES)
+    np.testing.assert_array_equal(played.reward.sum(1), returns)
+
+
 def test_host_counts_whole_episodes_and_nothing_after_them():
-    source = Source(SPEC, make_host=LengthsHost)
+    source = Source(SPEC, make_host=lambda seed, index: LengthsHost(seed))
     evaluate = evaluation.make_host(agent(), make_pool(source, SEEDS, EPISODES, purpose=1), SEEDS, EPISODES)
     ones = evaluate(jnp.zeros(2), SEEDS.keys())
     made = [[LengthsHost(host_seed(seed, 1, i)) for i in range(EPISODES)] for seed in SEEDS.seeds]
