@@ -184,20 +184,17 @@ def execute(
     sinks.check(config.sinks)
     if config.debug:
         use_debugging(config.num_seeds)
-    stored = {"agent": kind, "config": dataclasses.asdict(config)}
     length = config.loop.batch_length + extra_rows
-    starts = config.from_run and not config.resume
-    # Of TD-MPC2 alone: the others learn a single task.
-    before = stored_source(RunFolder.config_of(config.from_run)).spec if starts and kind == "tdmpc" else None
-    stored |= find_padding(config, before)
+    before = spec_before(config, kind)
+    made_of = {"agent": kind, "config": dataclasses.asdict(config), **find_padding(config, before)}
     if config.offline:
-        source, recorded, rows = find_data(config, length, stored)
+        source, recorded, rows = find_data(config, length, made_of)
         # Served in order first, recorded episodes would come one by one.
         loop = dataclasses.replace(config.loop, replay_online=False)
         clock = make_offline_clock(loop, config.steps, rows)
-        stored |= {"spec": dataclasses.asdict(source.spec), "rows": rows}
+        made_of |= {"spec": dataclasses.asdict(source.spec), "rows": rows}
     else:
-        source, recorded = stored_source(stored), None
+        source, recorded = stored_source(made_of), None
         loop = dataclasses.replace(config.loop, action_repeat=source.spec.action_repeat)
         clock = make_clock(loop, config.steps, length)
     check_tasks(config, kind, source.spec)
@@ -214,17 +211,32 @@ def execute(
     check_varied(config, vary, build)
     run = Run(with_hyper(build, config, list(vary)), source, seeds, loop, clock, length, recorded)
     run_dir = config.run_dir or default_folder(source.spec.name, config.preset)
-    stored |= {"vary": dict(vary)} if vary else {}
-    start: dict[str, Any] = {}
-    if starts:
-        mixture = None
-        if before is not None and (before.tasks or source.spec.tasks):
-            mixture = multitask.embeddings(before, source.spec, config.task_like)
-        start = learned_by(config.from_run, run.shapes.train, len(seeds), mixture)
+    stored = made_of | ({"vary": dict(vary)} if vary else {})
+    start = find_start(config, before, run)
     if vary:
         start |= {"hyper": {field: np.array(values, np.float32) for field, values in vary.items()}}
     title = f"{name}, {config.preset}"
     return launch(run, stored, run_dir, title, config.resume, config.video, start, config.sinks)
+
+
+def spec_before(config: Experiment, kind: str) -> EnvSpec | None:
+    """What an agent that a new run starts from has learned, where that can be several tasks: of TD-MPC2."""
+    if not config.from_run or config.resume:
+        return None
+    record = RunFolder.config_of(config.from_run)
+    if not isinstance(record.get("config", {}).get("agent"), Mapping):
+        raise UserError(f"--from-run {config.from_run} holds a run of another script, which trained no agent")
+    return stored_source(record).spec if kind == "tdmpc" else None
+
+
+def find_start(config: Experiment, before: EnvSpec | None, run: Run) -> dict[str, Any]:
+    """Fields of the train state that a new run takes from --from-run. before: what `spec_before` returned."""
+    if not config.from_run or config.resume:
+        return {}
+    spec, mixture = run.source.spec, None
+    if before is not None and (before.tasks or spec.tasks):
+        mixture = multitask.embeddings(before, spec, config.task_like)
+    return learned_by(config.from_run, run.shapes.train, len(run.seeds), mixture)
 
 
 def check_tasks(config: Experiment, kind: str, spec: EnvSpec) -> None:

@@ -284,3 +284,11 @@ def test_command(run_dir, tmp_path, capsys):
     assert result["iqm"] == pytest.approx(summary["eval_return"]["iqm"])
     printed = capsys.readouterr().out
     assert "seed 6" in printed and "render" in printed and not (tmp_path / "a.mp4").exists()
+
+
+def test_a_run_of_another_script_is_no_start(tmp_path):
+    """Such as one of `experiments/memory.py`, which trained a world model alone."""
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"task": "recall", "num_seeds": 1}}))
+    flags = ["--task", "pendulum", "--preset", "s", "--run-dir", str(tmp_path / "new")]
+    with pytest.raises(UserError, match="holds a run of another script"):
+        script("tdmpc_dmc")([*flags, "--from-run", str(tmp_path)])
