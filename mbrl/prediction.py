@@ -34,7 +34,7 @@ def measure(run: Finished, played: Trajectory) -> dict[str, Any]:
     anything, or when nothing changes.
     """
     played = jax.tree.map(lambda x: x[:, :, :1], played)
-    length = common_length(played.is_last[:, :, 0])
+    length = common_length(np.asarray(played.is_last[:, :, 0]))
     horizon = min(HORIZON, length // 2)
     if horizon < 1:
         return {}
