@@ -156,7 +156,8 @@ def programs(
     flag, apply; but for the numbers in which the members of a program differ.
     """
     groups: dict[tuple, list[dict[str, Any]]] = {}
-    decided: dict[tuple, SimpleNamespace] = {(): base}  # by what says which other fields there are: the preset, the world model, ...
+    # By what says which other fields there are: the preset, the world model, ...
+    decided: dict[tuple, SimpleNamespace] = {(): base}
     for setting in settings(config, base.config):
         deciding = tuple((k, v) for k, v in setting.items() if "." not in k)
         if deciding not in decided:
