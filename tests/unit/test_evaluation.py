@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 
 from mbrl import evaluation
 from mbrl.drivers import Source, host_seed, make_pool
-from mbrl.types import Agent, ArraySpec, EnvSpec, JaxEnv, TimeStep
+from mbrl.types import Agent, Array, ArraySpec, EnvSpec, JaxEnv, TimeStep
 from tests.helpers import on_one_device
 
 EPISODES, LONGEST = 4, 7
@@ -82,15 +83,19 @@ class LengthsHost:
     def close(self): ...
 
 
+class Actor(NamedTuple):
+    action: Array
+
+
 def agent() -> Agent:
     """Acts with its only parameter in evaluation, and never otherwise."""
 
     def act(train, actor, obs, is_first, key, mode):
         assert mode == "eval"
         action = jnp.full((obs["left"].shape[0], 1), train)
-        return action, {"action": action}, {"latent": ()}
+        return action, Actor(action), {"latent": ()}
 
-    init_actor = lambda train, batch: {"action": jnp.zeros((batch, 1))}
+    init_actor = lambda train, batch: Actor(jnp.zeros((batch, 1)))
     return Agent(lambda key: jnp.zeros(()), init_actor, act, lambda *args: None)
 
 

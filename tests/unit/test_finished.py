@@ -144,7 +144,7 @@ def test_another_planner_has_its_own_settings():
 def test_a_sweep_over_a_planner_can_act_by_another(tmp_path):
     """What was varied of the run's own planner is no setting of the other one, nor is what is given anew."""
     stored = stored_run("tdmpc_dmc", "mppi", {"units": 8}, {"units": 8, "encoder_units": 8, "latent": 8})
-    stored |= {"vary": {"search.temperature": [0.3, 0.6], "plan.value": [0.5, 1.0]}}
+    stored |= {"vary": {"search.temperature": [0.3, 0.6], "agent.entropy": [0.1, 0.2]}}
     stored["config"] |= {"num_seeds": 2}
     (tmp_path / "config.json").write_text(json.dumps(stored))
     parts, seeds = finished.rebuild(stored), Seeds.make(0, 2)
@@ -153,9 +153,10 @@ def test_a_sweep_over_a_planner_can_act_by_another(tmp_path):
     checkpoints.save(tmp_path / "checkpoints", 1, RunState(train, (), (), (), ()))
     small = {"samples": 4, "horizon": 2}
     run = mbrl.load(tmp_path, planner="random", search=small)
-    assert run.config["applied"] == ["plan.value"]
+    assert run.config["applied"] == ["agent.entropy"]
     assert run.act({"orientation": np.ones(2), "velocity": np.ones(1)})[0].shape == (1,)
-    assert finished.act_by(stored, {"plan": {"value": 0.0}})["applied"] == ["search.temperature"]
+    given = {"search": {"temperature": 0.5}}
+    assert finished.act_by(stored, given)["applied"] == ["agent.entropy"]
 
 
 def test_an_agent_without_a_policy_needs_a_planner(tmp_path):
