@@ -136,8 +136,9 @@ def restore(folder: str | os.PathLike, like: Any, part: str = "") -> Restored:
     like: the state that the program would start with, concrete or abstract (``jax.eval_shape``,
     ``jax.ShapeDtypeStruct`` with or without sharding). Restored leaves are new, unshared arrays with its
     structure, placed with the shardings of its leaves; on the default device, uncommitted, where a leaf has
-    none or is itself uncommitted. part: read only what lies below this path of the saved state (".train"),
-    for which ``like`` then stands; the rest, replay above all, is left on disk.
+    none or is itself uncommitted. A NumPy array for rows of replay that are in files of their own is filled,
+    and is the leaf. part: read only what lies below this path of the saved state (".train"), for which
+    ``like`` then stands; the rest, replay above all, is left on disk.
 
     Files are verified against their sha256. A damaged checkpoint gives one warning that names the file, and
     the next older one is read. Raises UserError when none is left, when it was written by a newer release, or
@@ -221,12 +222,14 @@ def _sharding(leaf: Any) -> jax.sharding.Sharding | None:
     return getattr(leaf, "sharding", None)
 
 
-def _target(leaf: Any) -> jax.ShapeDtypeStruct:
+def _target(leaf: Any) -> Any:
+    if isinstance(leaf, np.ndarray):
+        return leaf
     data = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
     return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=_sharding(leaf))
 
 
-def _typed(array: jax.Array, leaf: Any) -> jax.Array:
+def _typed(array: Any, leaf: Any) -> Any:
     if not _is_key(leaf):
         return array
     impl: list[Any] = []  # key_impl takes arrays only, and ``leaf`` may be abstract
@@ -284,7 +287,7 @@ def _read_leaves(directory: Path, body: dict[str, Any], targets: dict[int, Any])
     """The leaves with these numbers, all or some of those that were saved, like their targets."""
     rows = body.get("rows", {"leaves": []})
     names = [name for name in rows["leaves"] if int(name) in targets]
-    rings = {name: np.zeros(targets[int(name)].shape, targets[int(name)].dtype) for name in names}
+    rings = {name: _room(targets[int(name)]) for name in names}
     if rings:
         fill(directory.parent, _segments(body), rings, rows["inserted"], targets[int(names[0])].shape[1])
     rest = {f"{i:05d}": target for i, target in targets.items() if f"{i:05d}" not in rings}
@@ -292,14 +295,19 @@ def _read_leaves(directory: Path, body: dict[str, Any], targets: dict[int, Any])
     return [_placed(read.pop(f"{i:05d}"), target) for i, target in targets.items()]
 
 
-def _read_arrays(path: Path, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+def _room(target: Any) -> np.ndarray:
+    """Where rows are read to: a NumPy array of ``like`` itself."""
+    return target if isinstance(target, np.ndarray) else np.zeros(target.shape, target.dtype)
+
+
+def _read_arrays(path: Path, targets: dict[str, Any]) -> dict[str, Any]:
     item = {name: target for name, target in targets.items() if target.size}
     read = {}
     if item:
         with _checkpointer() as (ocp, checkpointer):
             how = {
                 name: ocp.RestoreArgs(restore_type=np.ndarray)
-                if target.sharding is None
+                if getattr(target, "sharding", None) is None
                 else ocp.ArrayRestoreArgs(sharding=target.sharding)
                 for name, target in item.items()
             }
@@ -309,11 +317,13 @@ def _read_arrays(path: Path, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[s
     return {**read, **empty}
 
 
-def _placed(array: Any, target: jax.ShapeDtypeStruct) -> jax.Array:
+def _placed(array: Any, target: Any) -> Any:
+    if array is target:
+        return array
     if isinstance(array, jax.Array):
         return array if target.sharding is None else jax.device_put(array, target.sharding)
     # Copies: on a CPU device_put may keep NumPy's memory, which cannot be donated.
-    if target.sharding is None:
+    if getattr(target, "sharding", None) is None:
         return jnp.array(array, copy=True)
     part = lambda index: jnp.array(array[index], copy=True)
     return jax.make_array_from_callback(target.shape, target.sharding, part)

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from mbrl import checkpoints
+from mbrl.host_replay import HostReplay
 from mbrl.programs import DIAGNOSE, RunState, all_finite, example_row, stream
 from mbrl.replay import Replay
 from mbrl.run_folder import RunFolder
@@ -33,23 +34,29 @@ class Dump(NamedTuple):
     key: Array
 
 
-def make_dumper(agent: Agent, replay: Replay, seeds: Seeds) -> Callable[..., str]:
+def make_dumper(
+    agent: Agent, replay: Replay, seeds: Seeds, images: HostReplay | None = None
+) -> Callable[..., str]:
     """``dump(state, keys, seed, folder, frames) -> sentence`` writes ``nan/seed_<n>/`` of the run folder for
-    the seed at position ``seed``. Compiled when first called. Of runs of one process."""
+    the seed at position ``seed``. Compiled when first called. Of runs of one process. images: of replay,
+    where they do not lie on the device."""
 
-    def attempt(state: RunState, key, number):
-        sample_key, update_key = jax.random.split(stream(key, DIAGNOSE, number))
-        traj = replay.sample(state.replay, sample_key)[1].traj
+    def attempt(state: RunState, sample_key, update_key, beside):
+        traj = replay.sample(state.replay, sample_key, beside)[1].traj
         train, info = agent.update(state.train, traj, update_key)
         return traj, update_key, all_finite((train, info.metrics["loss"]))
 
-    program = seeds.program(attempt, shared=(2,))
+    program = seeds.program(attempt)
+    draw = seeds.program(lambda key, number: jax.random.split(stream(key, DIAGNOSE, number)), shared=(1,))
 
     def dump(state: RunState, keys, seed: int, folder: RunFolder, frames: int) -> str:
         if jax.process_count() > 1:
             return "its update is not dumped, which only a run of one process does"
         for number in range(ATTEMPTS):
-            traj, key, good = program(state, keys, np.int32(number))
+            drawn = draw(keys, np.int32(number))
+            sample_keys, update_keys = drawn[:, 0], drawn[:, 1]
+            beside = images.beside(state.replay, sample_keys) if images else {}
+            traj, key, good = program(state, sample_keys, update_keys, beside)
             if not good[seed]:
                 part = jax.tree.map(lambda x: x[seed], Dump(state.train, traj, key))
                 where = folder.path / "nan" / f"seed_{seeds.seeds[seed]}"

@@ -23,7 +23,7 @@ from mbrl.envs.pixels import CAMERA, CameraConfig, Shown
 from mbrl.errors import UserError
 from mbrl.finished import learned_by, load
 from mbrl.images import is_image
-from mbrl.memory import check_memory, compile_and_check
+from mbrl.memory import check_memory, compile_and_check, place_images
 from mbrl.multitask import STATE
 from mbrl.population import check_varied, with_hyper
 from mbrl.processes import all_do, leads, one_voice
@@ -333,6 +333,7 @@ def launch(
     state that a new run begins with.
     """
     # All that may be refused comes before anything is written.
+    run = place_images(run)
     least = check_memory(run)
     all_do(lambda: RunFolder.check(run_dir, resume), leader_only=True)
     use_compilation_cache()

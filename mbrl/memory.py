@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from mbrl.seeds import Seeds
 from mbrl.train import Run
 
 GIB = 2**30
+PLACES = {"host": "in the memory of the host", "disk": "in a file of the run folder"}
 
 
 def num_bytes(tree: Any) -> int:
@@ -31,6 +33,11 @@ def available_bytes(devices: Iterable[Any]) -> int | None:
     stats = [device.memory_stats() for device in devices]
     if all(s and "bytes_limit" in s for s in stats):
         return sum(s["bytes_limit"] - s.get("bytes_in_use", 0) for s in stats)
+    return host_bytes()
+
+
+def host_bytes() -> int | None:
+    """Memory of this machine that is free, or None where it is not known."""
     try:
         with open("/proc/meminfo") as file:
             lines = dict(line.split(":", 1) for line in file)
@@ -72,6 +79,8 @@ def compiled_plan(run: Run, programs: Programs, least: Plan) -> Plan:
         program, arguments = programs.chunk, run.chunk_shapes()
     else:
         program, arguments = programs.learn, run.learn_shapes()
+    if run.beside:
+        program, arguments = programs.step, run.step_shapes()
     whole = program_bytes(program.lower(*arguments).compile(), run.seeds)
     return least if whole is None else least._replace(working=whole - sum(least) + least.working)
 
@@ -91,11 +100,56 @@ def own_devices(seeds: Seeds) -> list[Any]:
     return [d for d in seeds.mesh.devices.flat if d.process_index == jax.process_index()]
 
 
+def image_bytes(run: Run) -> int:
+    """Of replay that does not lie on the device."""
+    row = len(run.seeds) * run.clock.capacity * run.config.num_envs
+    return row * sum(entry.size for entry in run.beside.values())
+
+
+def place_images(run: Run) -> Run:
+    """The run with the images of its replay where ``loop.replay_place`` says: by default on the device where
+    the least that the run needs is at most half of what is free there, else with the host where they are,
+    else on disk. UserError where they cannot be where they should."""
+    asked, elsewhere = run.config.replay_place, dataclasses.replace(run, place="host")
+    bound = _why_on_device(elsewhere)
+    if asked == "device" or (asked == "auto" and bound):
+        return run
+    if bound:
+        raise UserError(f"loop.replay_place is {asked}, but {bound}: it must be device or auto")
+    if asked != "auto":
+        return dataclasses.replace(run, place=asked)
+    devices = own_devices(run.seeds)
+    least, available = plan(run.shapes, len(devices) / run.seeds.shards), available_bytes(devices)
+    if available is None or 2 * least.total <= available:
+        return run
+    free = host_bytes()
+    return dataclasses.replace(run, place="host" if free and 2 * image_bytes(elsewhere) <= free else "disk")
+
+
+def _why_on_device(run: Run) -> str | None:
+    """What binds the images of replay to the device, None where nothing does."""
+    if not run.beside:
+        return f"{run.source.spec.name} shows no images"
+    if run.source.env is not None and run.clock.rows:
+        return f"{run.source.spec.name} is part of the compiled program, and so is its replay"
+    if jax.process_count() > 1:
+        return "the run has several processes"
+    return f"data_parallel is {run.seeds.data}" if run.seeds.data > 1 else None
+
+
 def check_memory(run: Run) -> Plan:
     """The least that a run needs; UserError when it cannot fit. Nothing is allocated or compiled."""
     devices = own_devices(run.seeds)
     least = plan(run.shapes, len(devices) / run.seeds.shards)
     _check_fits(least, available_bytes(devices))
+    taken = least.total if devices[0].platform == "cpu" else 0  # of the same memory
+    images, free = image_bytes(run), host_bytes()
+    if run.place == "host" and free is not None and images + taken > free:
+        raise UserError(
+            f"the images of replay need {_size(images)} of the host's memory, of which {_size(free)} are free"
+            f"{f' and the rest of the run needs {_size(taken)}' if taken else ''}: lower loop.replay_size or "
+            "num_seeds, or set loop.replay_place to disk"
+        )
     return least
 
 
@@ -105,6 +159,8 @@ def compile_and_check(run: Run, programs: Programs, least: Plan, say: Callable[[
     if jax.config.values["jax_disable_jit"]:
         return
     available, whole = available_bytes(own_devices(run.seeds)), compiled_plan(run, programs, least)
+    if run.beside:
+        say(f"memory: {_size(image_bytes(run))} of images in replay, {PLACES[run.place]}")
     text = ", ".join(f"{name} {_size(size)}" for name, size in whole._asdict().items())
     say(f"memory: {_size(whole.total)} ({text})" + (f" of {_size(available)}" if available else ""))
     _check_fits(whole, available)

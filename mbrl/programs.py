@@ -8,10 +8,11 @@ policy is one program, and storing and updating another. All get the seed axis f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from math import ceil, gcd
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,10 @@ class LoopConfig:
     """Agent steps that replay holds; never more than the run collects."""
     replay_online: bool = True
     """Serve every fresh sequence once before uniform ones."""
+    replay_place: Literal["auto", "device", "host", "disk"] = "auto"
+    """Where images of replay lie while training: on the device; in the memory of the host, from where each
+    batch is fetched while the one before is learned from; or likewise in a file of the run folder. auto takes
+    the first of these of which replay needs at most half. Results do not depend on it."""
     chunk: int = 1
     """Iterations per compiled call with device environments; results do not depend on it."""
     log_every: int = 2000
@@ -191,7 +196,8 @@ class Health(NamedTuple):
 class RunState(NamedTuple):
     """Everything of one seed that a checkpoint holds; with the seed axis [S] in front while running.
 
-    env: `EnvCarry` of JAX environments, () where they live on the host.
+    env: `EnvCarry` of JAX environments, () where they live on the host. Images of replay may lie elsewhere
+    (`mbrl.host_replay`); a checkpoint holds them all the same.
     """
 
     train: PyTree
@@ -205,6 +211,11 @@ def stream(key: Array, name: int, clock: Array | int) -> Array:
     return jax.random.fold_in(jax.random.fold_in(key, name), clock)
 
 
+def burst_keys(key: Array, name: int, clock: Array | int, updates: int) -> Array:
+    """The key of each update [U] of a burst."""
+    return jax.random.split(stream(key, name, clock), updates)
+
+
 def all_finite(tree: PyTree) -> Array:
     """Whether every floating-point number of the tree is finite. By a maximum per leaf: XLA repeats a
     reduction of booleans inside every selection that depends on it, which doubles the compile time."""
@@ -212,16 +223,25 @@ def all_finite(tree: PyTree) -> Array:
     return jnp.isfinite(jnp.stack([jnp.abs(x).max() for x in leaves])).all()
 
 
-def update_loop(agent: Agent, replay: Replay, state: RunState, key: Array, updates: int, freeze_after: int):
-    """``updates`` gradient steps of one seed on fresh samples; returns (state, mean metrics).
+def update_loop(
+    agent: Agent,
+    replay: Replay,
+    state: RunState,
+    keys: Array,
+    freeze_after: int,
+    beside: Mapping[str, Array] = MappingProxyType({}),
+):
+    """Gradient steps of one seed on fresh samples, one for each of ``keys`` [U] -> (state, mean metrics).
+    beside: observations of the samples [U, T, B, ...] that replay does not hold on the device.
 
     An update whose result is not finite is rejected: parameters, optimiser and latents stay as they were.
     """
 
-    def body(carry, key):
+    def body(carry, drawn):
         train, ring, health = carry
+        key, beside = drawn
         sample_key, update_key = jax.random.split(key)
-        ring, sampled = replay.sample(ring, sample_key)
+        ring, sampled = replay.sample(ring, sample_key, beside)
         new, info = agent.update(train, split_batch(sampled.traj), update_key)
         good = all_finite((new, info.metrics["loss"]))
         accept = good & ~health.frozen
@@ -235,9 +255,7 @@ def update_loop(agent: Agent, replay: Replay, state: RunState, key: Array, updat
         health = Health(health.rejected + (~good).astype(jnp.int32), consecutive, frozen)
         return (train, ring, health), info.metrics
 
-    carry, metrics = jax.lax.scan(
-        body, (state.train, state.replay, state.health), jax.random.split(key, updates)
-    )
+    carry, metrics = jax.lax.scan(body, (state.train, state.replay, state.health), (keys, dict(beside)))
     train, ring, health = carry
     metrics = jax.tree.map(lambda x: x.mean(0), metrics)
     metrics |= {"rejected_updates": health.rejected, "frozen": health.frozen}
@@ -255,6 +273,8 @@ class Programs(NamedTuple):
     pretrain(state, keys) -> (state, metrics): the updates between prefill and the first iteration that learns
     fill(state, rows) -> state: recorded rows [N, E, ...], the same for all seeds, into the empty replay
     update(state, keys, iteration) -> (state, metrics): the updates of an iteration that collects nothing
+    step(state, beside, key data [S, ...]) -> (state, metrics): one update, by its key and with the
+        observations {key: [S, T, B, ...]} that replay does not hold on the device
     prefill(state, keys, iteration) -> (state, Episodes): device
     chunk(state, keys, iteration) -> (state, metrics, Episodes): device
     """
@@ -267,6 +287,7 @@ class Programs(NamedTuple):
     pretrain: Callable
     fill: Callable
     update: Callable
+    step: Callable
     prefill: Callable
     chunk: Callable
 
@@ -279,15 +300,18 @@ def make_programs(
     seeds: Seeds,
     config: LoopConfig,
     clock: Clock,
+    beside: Collection[str] = (),
 ) -> Programs:
-    """Programs of one run. env: the JAX environment, or None where environments live on the host."""
+    """Programs of one run. env: the JAX environment, or None where environments live on the host. beside:
+    observations that replay does not hold on the device."""
     num_envs = config.num_envs
 
     def init(key) -> RunState:
         train = agent.init(stream(key, INIT, 0))
         actor = agent.init_actor(train, num_envs)
         carry = () if env is None else init_device(env, num_envs, stream(key, ENVS, 0))
-        return RunState(train, actor, replay.init(example_row(agent, spec, num_envs)), init_health(), carry)
+        row = example_row(agent, spec, num_envs, beside)
+        return RunState(train, actor, replay.init(row), init_health(), carry)
 
     def act(train, actor, obs, is_first, key, step, random):
         act_key, random_key = jax.random.split(stream(key, ACT, step))
@@ -303,15 +327,19 @@ def make_programs(
         return state._replace(replay=replay.add(state.replay, rows._replace(latent=latent)))
 
     def update(state, key, iteration):
-        key = stream(key, UPDATE, iteration)
-        return update_loop(agent, replay, state, key, clock.updates, config.freeze_after)
+        keys = burst_keys(key, UPDATE, iteration, clock.updates)
+        return update_loop(agent, replay, state, keys, config.freeze_after)
+
+    def step(state, beside, key_data):
+        key, one = jax.random.wrap_key_data(key_data), jax.tree.map(lambda x: x[None], beside)
+        return update_loop(agent, replay, state, key[None], config.freeze_after, one)
 
     def learn(state, rows, latents, key, iteration):
         return update(store(state, rows, latents), key, iteration)
 
     def pretrain(state, key):
-        key = stream(key, PRETRAIN, 0)
-        return update_loop(agent, replay, state, key, clock.pretrain, config.freeze_after)
+        keys = burst_keys(key, PRETRAIN, 0, clock.pretrain)
+        return update_loop(agent, replay, state, keys, config.freeze_after)
 
     def fill(state: RunState, rows) -> RunState:
         rows = rows._replace(latent=state.replay.data.latent)  # nothing was inferred yet: zeros
@@ -336,8 +364,7 @@ def make_programs(
     def chunk(state, key, iteration):
         def body(state, i):
             state, episodes = collect(state, key, iteration + i, False)
-            key_i = stream(key, UPDATE, iteration + i)
-            state, metrics = update_loop(agent, replay, state, key_i, clock.updates, config.freeze_after)
+            state, metrics = update(state, key, iteration + i)
             return state, (metrics, episodes)
 
         state, (metrics, episodes) = jax.lax.scan(body, state, jnp.arange(config.chunk))
@@ -356,6 +383,7 @@ def make_programs(
         pretrain=seeds.program(pretrain, donate=0),
         fill=seeds.program(fill, shared=(1,), donate=0),
         update=seeds.program(update, shared=(2,), donate=0),
+        step=seeds.program(step, donate=0),
         prefill=seeds.program(prefill, shared=(2,), donate=0),
         chunk=seeds.program(chunk, shared=(2,), donate=0),
     )
@@ -365,8 +393,8 @@ def init_health() -> Health:
     return Health(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.zeros((), bool))
 
 
-def example_row(agent: Agent, spec: EnvSpec, num_envs: int) -> Transition:
-    """Zeros with the shapes and dtypes of one replay row [E, ...]."""
+def example_row(agent: Agent, spec: EnvSpec, num_envs: int, beside: Collection[str] = ()) -> Transition:
+    """Zeros with the shapes and dtypes of one replay row [E, ...], without the observations in ``beside``."""
 
     def observation(key):
         obs = {k: jnp.zeros((num_envs, *s.shape), s.dtype) for k, s in spec.obs.items()}
@@ -375,6 +403,7 @@ def example_row(agent: Agent, spec: EnvSpec, num_envs: int) -> Transition:
         train = agent.init(init_key)
         actor = agent.init_actor(train, num_envs)
         action, _, info = agent.act(train, actor, obs, flag, act_key, mode="train")
+        obs = {k: x for k, x in obs.items() if k not in beside}
         return Transition(obs, action, number, flag, flag, flag, info["latent"])
 
     shapes = jax.eval_shape(observation, jax.random.key(0))

@@ -6,7 +6,8 @@ one environment; it may contain episode starts (``is_first``), never the seam at
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +17,9 @@ from mbrl.types import Array, Trajectory, Transition
 
 
 class ReplayState(NamedTuple):
-    """data: a `Transition` with leaves [capacity, E, ...]; inserted: rows ever written; served: sequences
-    ever handed out by the online queue."""
+    """data: a `Transition` with leaves [capacity, E, ...], but for images that lie elsewhere
+    (`mbrl.host_replay`); inserted: rows ever written; served: sequences ever handed out by the online
+    queue."""
 
     data: Transition
     inserted: Array
@@ -35,13 +37,16 @@ class Sampled(NamedTuple):
 class Replay(NamedTuple):
     """init(transition example [E, ...]) -> ReplayState
     add(state, rows [n, E, ...]) -> ReplayState; needs n <= capacity
-    sample(state, key) -> (ReplayState, Sampled); needs at least ``length`` rows
+    draw(inserted, served, key) -> (served, time [length, B], env [B]): where a sample lies, whatever is there
+    sample(state, key, beside={}) -> (ReplayState, Sampled); needs at least ``length`` rows. beside:
+        observations of the drawn rows [length, B, ...] that are not in ``state``
     write_latent(state, sampled, latent [T, B, ...]) -> ReplayState; into the last T rows of each sequence
     """
 
     init: Callable[[Transition], ReplayState]
     add: Callable[[ReplayState, Transition], ReplayState]
-    sample: Callable[[ReplayState, Array], tuple[ReplayState, Sampled]]
+    draw: Callable[[Array, Array, Array], tuple[Array, Array, Array]]
+    sample: Callable[..., tuple[ReplayState, Sampled]]
     write_latent: Callable[[ReplayState, Sampled, Any], ReplayState]
 
 
@@ -66,28 +71,30 @@ def make(capacity: int, num_envs: int, batch: int, length: int, online: bool = T
         data = jax.tree.map(lambda buffer, x: buffer.at[index].set(x), state.data, rows)
         return state._replace(data=data, inserted=state.inserted + n)
 
-    def sample(state: ReplayState, key: Array) -> tuple[ReplayState, Sampled]:
+    def draw(inserted: Array, served: Array, key: Array) -> tuple[Array, Array, Array]:
         env_key, start_key = jax.random.split(key)
-        oldest = jnp.maximum(0, state.inserted - capacity)
+        oldest = jnp.maximum(0, inserted - capacity)
         env = jax.random.randint(env_key, (batch,), 0, num_envs)
-        start = jax.random.randint(start_key, (batch,), oldest, state.inserted - length + 1)
-        served = state.served
+        start = jax.random.randint(start_key, (batch,), oldest, inserted - length + 1)
         if online:
             # Fresh sequences are numbered chunk by chunk, environments within a chunk. Those that the ring
             # has already overwritten are skipped.
             first_kept = -(-oldest // length) * num_envs
             served = jnp.maximum(served, first_kept)
             number = served + jnp.arange(batch)
-            available = (state.inserted // length) * num_envs
+            available = (inserted // length) * num_envs
             fresh = number < available
             env = jnp.where(fresh, number % num_envs, env)
             start = jnp.where(fresh, number // num_envs * length, start)
             served = jnp.minimum(served + batch, jnp.maximum(available, served))
-        time = (start + jnp.arange(length)[:, None]) % capacity
+        return served, (start + jnp.arange(length)[:, None]) % capacity, env
+
+    def sample(state: ReplayState, key: Array, beside: Mapping[str, Array] = MappingProxyType({})):
+        served, time, env = draw(state.inserted, state.served, key)
         traj = jax.tree.map(lambda x: x[time, env], state.data)
         # An episode may have been abandoned without is_last: the next is_first says so.
         ended = jnp.concatenate([traj.is_first[1:], jnp.zeros_like(traj.is_first[:1])])
-        traj = traj._replace(is_last=traj.is_last | ended)
+        traj = traj._replace(is_last=traj.is_last | ended, obs={**traj.obs, **beside})
         return state._replace(served=served), Sampled(traj, time, env)
 
     def write_latent(state: ReplayState, sampled: Sampled, latent) -> ReplayState:
@@ -97,4 +104,4 @@ def make(capacity: int, num_envs: int, batch: int, length: int, online: bool = T
 
         return state._replace(data=state.data._replace(latent=jax.tree.map(write, state.data.latent, latent)))
 
-    return Replay(init, add, sample, write_latent)
+    return Replay(init, add, draw, sample, write_latent)

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -23,6 +24,8 @@ from mbrl.diagnose import make_dumper
 from mbrl.drivers import DeviceDriver, HostDriver, OfflineDriver, Source, make_pool, make_workers
 from mbrl.envs.pool import HostPool
 from mbrl.errors import UserError
+from mbrl.host_replay import HostReplay, allocate
+from mbrl.images import is_image
 from mbrl.interruption import Interrupted, Interruption
 from mbrl.logger import Logger, Progress, read_metrics, results_table
 from mbrl.processes import agree
@@ -33,13 +36,14 @@ from mbrl.run_folder import RunFolder
 from mbrl.seeds import Seeds
 from mbrl.sinks import Sink
 from mbrl.statistics import bootstrap_interval, iqm
-from mbrl.types import Agent, EnvSpec, HostEnv, Trajectory
+from mbrl.types import Agent, ArraySpec, EnvSpec, HostEnv, Trajectory
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
     """What a run is made of. length: rows per sampled sequence, batch_length plus one where replay supplies
-    the latent context. recorded: rows [N, E, ...] that replay begins with where nothing is collected."""
+    the latent context. recorded: rows [N, E, ...] that replay begins with where nothing is collected.
+    place: where images of replay lie (`mbrl.memory.place_images`)."""
 
     agent: Agent
     source: Source
@@ -48,14 +52,31 @@ class Run:
     clock: Clock
     length: int
     recorded: Trajectory | None = None
+    place: Literal["device", "host", "disk"] = "device"
+
+    @property
+    def beside(self) -> dict[str, ArraySpec]:
+        """Observations that replay does not hold on the device."""
+        obs = self.source.spec.obs
+        return {} if self.place == "device" else {k: entry for k, entry in obs.items() if is_image(entry)}
 
     def ring(self) -> Replay:
         c = self.config
         return replay.make(self.clock.capacity, c.num_envs, c.batch_size, self.length, c.replay_online)
 
     def programs(self) -> Programs:
-        source, config = self.source, self.config
-        return make_programs(self.agent, self.ring(), source.spec, source.env, self.seeds, config, self.clock)
+        source, seeds, config, clock = self.source, self.seeds, self.config, self.clock
+        return make_programs(
+            self.agent, self.ring(), source.spec, source.env, seeds, config, clock, self.beside
+        )
+
+    def host_replay(self, folder: Path) -> HostReplay | None:
+        """Room for the images of replay where they do not lie on the device; in ``folder`` where on disk."""
+        if not self.beside:
+            return None
+        rows = len(self.seeds), self.clock.capacity, self.config.num_envs
+        images = allocate(self.beside, rows, folder if self.place == "disk" else None)
+        return HostReplay(images, self.ring(), self.seeds, self.clock)
 
     @cached_property
     def shapes(self) -> RunState:
@@ -77,6 +98,13 @@ class Run:
         seen = of(row._replace(latent=()), members, rows)
         seen = seen if jax.process_count() == 1 else self._spread(seen)
         return self._spread(self.shapes), seen, latents, self.seeds.keys(), np.int32(0)
+
+    def step_shapes(self) -> tuple[Any, ...]:
+        """The arguments of `Programs.step`, abstract."""
+        batch = len(self.seeds), self.length, self.config.batch_size
+        images = {k: jax.ShapeDtypeStruct((*batch, *x.shape), x.dtype) for k, x in self.beside.items()}
+        key_data = jax.eval_shape(lambda: jax.random.key_data(self.seeds.keys()))
+        return tuple(self._spread(tree) for tree in (self.shapes, images, key_data))
 
     def _spread(self, tree: Any) -> Any:
         """Abstract arrays [S, ...] on the devices of the run."""
@@ -105,9 +133,11 @@ def train(
     config, clock, seeds, spec = run.config, run.clock, run.seeds, run.source.spec
     programs, compiling_seconds = made or (run.programs(), 0.0)
     timer, keys = Timer(compiling_seconds), seeds.keys()
+    images = run.host_replay(folder.path)
+    programs = programs if images is None else images.programs(programs)
     driver, (evaluate, filmed) = _driver(run, programs), _evaluation(run, video)
     film = filmed if video and _can_film(filmed) else None
-    dump = make_dumper(run.agent, run.ring(), seeds)
+    dump = make_dumper(run.agent, run.ring(), seeds, images)
     eval_keys = seeds.program(lambda key: stream(key, EVALUATE, 0))(keys)
     with timer("compile"):
         state = jax.block_until_ready(programs.init(keys))
@@ -120,8 +150,9 @@ def train(
         # Abstract: two states at once may not fit.
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         del state
-        restored = checkpoints.restore(folder.checkpoints, like)
-        state, meta, segments = restored.state, restored.meta, restored.segments
+        restored = checkpoints.restore(folder.checkpoints, images.whole(like) if images else like)
+        state = images.part(restored.state) if images else restored.state
+        meta, segments = restored.meta, restored.segments
         iteration, evaluations = meta["iteration"], meta["evaluations"]
         timer.seconds = meta["seconds"] | {"compile": timer.seconds["compile"] + meta["seconds"]["compile"]}
         driver.set_state(restored.extra)
@@ -180,9 +211,9 @@ def train(
                 meta = {"iteration": iteration, "evaluations": evaluations, "seconds": timer.seconds}
                 meta["pending"] = monitor.pending()
                 with timer("save"):
-                    extra = driver.get_state()
+                    extra, whole = driver.get_state(), images.whole(state) if images else state
                     saved = checkpoints.save(
-                        folder.checkpoints, frames, state, extra, meta, segments=segments
+                        folder.checkpoints, frames, whole, extra, meta, segments=segments
                     )
                 if stop and not end:
                     raise Interrupted(_farewell(folder, f"{frames:,} {clock.unit}", saved), stop)
