@@ -30,6 +30,7 @@ from mbrl import checkpoints, envs, optimisers
 from mbrl.config import override
 from mbrl.drivers import Source, make_source
 from mbrl.experiment import launch
+from mbrl.images import is_image
 from mbrl.optimisers import OptimiserConfig
 from mbrl.processes import join, leads
 from mbrl.programs import LoopConfig, RunState, make_clock
@@ -66,7 +67,9 @@ def regression(spec: EnvSpec, width: int = 8, optimiser: OptimiserConfig = OPTIM
     rule = optimisers.make(optimiser, 100)
 
     def flat(obs):
-        return jnp.concatenate([obs[name] for name in sorted(obs)], -1)
+        images = {name for name, entry in spec.obs.items() if is_image(entry)}
+        read = lambda x: x.reshape(*x.shape[:-3], -1) / 255.0
+        return jnp.concatenate([read(obs[name]) if name in images else obs[name] for name in sorted(obs)], -1)
 
     def init(key):
         sizes = sum(entry.size for entry in spec.obs.values())

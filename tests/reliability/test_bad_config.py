@@ -89,6 +89,11 @@ OTHERS = [
     (["--world-model", "s4wm", "--model.dt-min", "1"], ["model.dt_min", "1.0", "at most model.dt_max"]),
     (["--task", "cartpole_swingup", "--loop.action-repeat", "2000001"], ["steps", "loop.action_repeat"]),
     (["--debug", "--num-seeds", "2"], ["--debug", "num_seeds", "2"]),
+    (["--loop.replay-place", "host"], ["loop.replay_place is host", "pendulum shows no images"]),
+    (
+        ["--obs", "pixels", "--loop.replay-place", "disk"],
+        ["loop.replay_place is disk", "part of the compiled program"],
+    ),
     (["--resume"], ["--resume", "--run-dir"]),
     (["--resume", "--run-dir", "nothing-here"], ["nothing-here", "config.json"]),
 ]

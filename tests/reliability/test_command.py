@@ -246,6 +246,47 @@ def test_resume_is_exact(request, capsys, tmp_path, script, tiny, task, steps, m
     assert mbrl.load(part).frames == found[-1]
 
 
+@pytest.mark.slow
+def test_resume_from_rendered_pixels_is_exact(tmp_path):
+    """Pictures of dm_control, rendered by two processes, in a replay on the host: each command in a fresh process,
+    the second in the middle of the run. The same run with its replay on the device ends alike too."""
+    environment = {name: value for name, value in os.environ.items() if name != "MUJOCO_GL"}
+
+    def command(folder, place, *more):
+        flags = [
+            *TINY,
+            "--task",
+            "cartpole_swingup",
+            "--obs",
+            "pixels",
+            "--camera.size",
+            "16",
+            "--steps",
+            "600",
+        ]
+        flags += ["--num-seeds", "2", "--loop.env-workers", "2", "--loop.replay-place", place, *more]
+        done = subprocess.run(
+            [sys.executable, str(EXPERIMENTS / "dreamer_dmc.py"), *flags, "--run-dir", str(folder)],
+            env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+        if "Rendering needs OpenGL" in done.stderr:
+            pytest.skip(done.stderr)
+        assert done.returncode == 0, done.stderr
+        return folder / "checkpoints" / f"{checkpoints.steps(folder / 'checkpoints')[-1]:012d}"
+
+    part = tmp_path / "part"
+    final = command(part, "host")
+    expected, rows = leaves(final), timeless(part)
+    shutil.rmtree(final)
+    assert command(part, "host", "--resume") == final
+    assert timeless(part) == rows
+    assert leaves(final) == expected
+    assert leaves(command(tmp_path / "other", "device")) == expected
+    pictures = np.frombuffer(expected[".replay.data.obs['image']"], np.uint8)
+    print(f" {len(expected)} arrays, {len(rows)} rows, pictures {pictures.std():.0f}", end=" ")
+    assert pictures.std() > 1
+
+
 def test_xla_knows_the_flag_of_determinism(monkeypatch):
     """--deterministic sets it once, beside what is there; XLA ends a process whose flags it does not know. What
     the flag does needs a GPU."""

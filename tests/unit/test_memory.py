@@ -15,6 +15,7 @@ from mbrl.drivers import DeviceDriver, HostDriver, Source, make_pool
 from mbrl.envs import make_host
 from mbrl.errors import UserError
 from mbrl.seeds import Seeds
+from mbrl.types import ArraySpec
 from tests.helpers import TINY, script
 from tests.mesh import ENV, make_run
 
@@ -93,6 +94,56 @@ def test_what_does_not_fit_leaves_no_folder(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="too much"):
         script("dreamer_dmc")([*TINY, "--run-dir", str(tmp_path / "run")])
     assert not list(tmp_path.iterdir())
+
+
+def pictures(seeds: Seeds):
+    """A run on the host that sees pictures; their bytes."""
+    spec = dataclasses.replace(ENV.spec, obs=ENV.spec.obs | {"image": ArraySpec((16, 16, 3), "uint8")})
+    run = make_run(seeds, Source(spec, None, HOST.make_host))
+    return run, len(seeds) * run.clock.capacity * run.config.num_envs * 16 * 16 * 3
+
+
+def test_images_lie_where_there_is_room(monkeypatch):
+    """On the device where the whole run takes half of it at most, else with the host likewise, else on disk. The
+    plan counts them where they lie."""
+    run, size = pictures(Seeds.make(0, 2))
+    whole = memory.check_memory(run)
+
+    def place(device: int | None, host: int) -> str:
+        monkeypatch.setattr(memory, "available_bytes", lambda devices: device)
+        monkeypatch.setattr(memory, "host_bytes", lambda: host)
+        return memory.place_images(run).place
+
+    assert place(2 * whole.total, 0) == "device" and place(None, 0) == "device"
+    assert place(2 * whole.total - 1, 2 * size) == "host"
+    assert place(2 * whole.total - 1, 2 * size - 1) == "disk"
+    place(10**9, size)  # less than the host needs for them and, being a CPU, for the rest
+    elsewhere = dataclasses.replace(run, place="host")
+    with pytest.raises(UserError, match=r"of the host's memory.*set loop.replay_place to disk"):
+        memory.check_memory(elsewhere)
+    place(10**9, 10**9)
+    rest = memory.check_memory(elsewhere)
+    assert memory.image_bytes(elsewhere) == size == whole.replay - rest.replay
+    assert memory.image_bytes(run) == 0
+
+
+def test_images_that_cannot_lie_elsewhere(monkeypatch):
+    """One sentence each; what the environment is, the bad configurations have."""
+
+    def ask(run, place):
+        return memory.place_images(
+            dataclasses.replace(run, config=dataclasses.replace(run.config, replay_place=place))
+        )
+
+    split, _ = pictures(Seeds.make(0, 1, 2))
+    with pytest.raises(UserError, match=r"^loop\.replay_place is host, but data_parallel is 2: it must be"):
+        ask(split, "host")
+    assert ask(split, "auto").place == "device"
+    run, _ = pictures(Seeds.make(0, 1))
+    assert [ask(run, place).place for place in ("device", "host", "disk")] == ["device", "host", "disk"]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match=r"^loop\.replay_place is disk, but the run has several processes"):
+        ask(run, "disk")
 
 
 def test_a_split_batch_needs_the_networks_on_each_device():

@@ -18,7 +18,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mbrl import memory, replay
-from mbrl.types import Transition
+from mbrl.host_replay import HostReplay, allocate
+from mbrl.programs import Clock
+from mbrl.seeds import Seeds
+from mbrl.types import ArraySpec, Transition
+from tests.helpers import one_seed
 
 CAPACITY, ENVS, BATCH, LENGTH = 11, 2, 3, 4
 
@@ -28,7 +32,11 @@ def make_rows(first: int, n: int, envs: int = ENVS, flags=None) -> Transition:
     serial = (np.arange(first, first + n)[:, None] * envs + np.arange(envs)).astype(np.float32)
     flags = np.zeros((n, envs, 2), bool) if flags is None else flags
     return Transition(
-        obs={"x": np.stack([serial, -serial], -1), "kind": serial.astype(np.int32)},
+        obs={
+            "x": np.stack([serial, -serial], -1),
+            "kind": serial.astype(np.int32),
+            "picture": picture(serial),
+        },
         action=serial[..., None] + 0.5,
         reward=serial,
         is_first=flags[..., 0],
@@ -38,12 +46,40 @@ def make_rows(first: int, n: int, envs: int = ENVS, flags=None) -> Transition:
     )
 
 
+def picture(serial) -> np.ndarray:
+    """The bytes of a serial number as an image [..., 2, 2, 1]."""
+    number = np.asarray(serial).astype(np.int32)
+    return number[..., None].view(np.uint8).reshape(*number.shape, 2, 2, 1)
+
+
 @cache
-def programs(capacity=CAPACITY, envs=ENVS, batch=BATCH, length=LENGTH, online=True):
-    """The replay's functions, compiled once per shape for the whole file."""
+def programs(place="device", capacity=CAPACITY, envs=ENVS, batch=BATCH, length=LENGTH, online=True):
+    """The replay's functions, compiled once per shape for the whole file. place: of the images."""
     ring = replay.make(capacity, envs, batch, length, online)
+    add, sample, write = jax.jit(ring.add), jax.jit(ring.sample), jax.jit(ring.write_latent)
     example_row = jax.tree.map(lambda x: jnp.asarray(x[0]), make_rows(0, 1, envs))
-    return ring.init(example_row), jax.jit(ring.add), jax.jit(ring.sample), jax.jit(ring.write_latent)
+    if place == "device":
+        return ring.init(example_row), add, sample, write
+    example_row.obs.pop("picture")
+    clock = Clock(1, 1, 0, 1000, envs, capacity)
+    images = allocate({"picture": ArraySpec((2, 2, 1), "uint8")}, (1, capacity, envs), None)
+    host = HostReplay(images, ring, Seeds.make(0, 1), clock)
+
+    def host_add(state, rows):
+        host.inserted = int(state.inserted)
+        return add(state, one_seed(host.add(jax.tree.map(lambda x: x[None], rows)), 0))
+
+    def host_sample(state, key):
+        beside = host.beside(jax.tree.map(lambda x: x[None], state), key[None])
+        return sample(state, key, one_seed(beside, 0))
+
+    return ring.init(example_row), host_add, host_sample, write
+
+
+@pytest.fixture(params=["device", "host"])
+def place(request):
+    """Of images; everything else is on the device."""
+    return request.param
 
 
 class ListReplay:
@@ -92,6 +128,7 @@ class ListReplay:
             assert (traj.is_terminal[:, b] == last).all(), "an abandoned episode is no terminal"
             starts.append((env, start))
         assert (traj.obs["x"] == np.stack([serial, -serial], -1)).all()
+        assert (traj.obs["picture"] == picture(serial)).all()
         assert (traj.obs["kind"] == serial).all() and (traj.action[..., 0] == serial + 0.5).all()
         return starts
 
@@ -101,16 +138,17 @@ OPERATIONS = st.lists(
 )
 
 
+@pytest.mark.parametrize("place", ["device", "host"])
 @settings(max_examples=40, deadline=None)
-@given(OPERATIONS, st.integers(0, 2**31 - 1))
-@example([LENGTH - 1, 1, "sample", "sample"], 0)
-@example([CAPACITY, CAPACITY, "sample", "sample", "sample"], 1)
-@example([1] * 40 + ["sample"] * 9, 2)
-@example([3, "sample"] * 15, 3)
-def test_replay_against_a_list(operations, seed):
+@given(operations=OPERATIONS, seed=st.integers(0, 2**31 - 1))
+@example(operations=[LENGTH - 1, 1, "sample", "sample"], seed=0)
+@example(operations=[CAPACITY, CAPACITY, "sample", "sample", "sample"], seed=1)
+@example(operations=[1] * 40 + ["sample"] * 9, seed=2)
+@example(operations=[3, "sample"] * 15, seed=3)
+def test_replay_against_a_list(place, operations, seed):
     """Adds of any size and samples in any order: never an unwritten row, never across the write head, fresh
     sequences once and in order, is_last where the next row is an episode's first."""
-    state, add, sample, _ = programs()
+    state, add, sample, _ = programs(place)
     model, rng = ListReplay(), np.random.default_rng(seed)
     for step, operation in enumerate(operations):
         if operation != "sample":
@@ -126,15 +164,16 @@ def test_replay_against_a_list(operations, seed):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("place", ["device", "host"])
 @settings(max_examples=1000, deadline=None, database=None)
-@given(OPERATIONS, st.integers(0, 2**31 - 1))
-def test_replay_against_a_list_a_thousand_times(operations, seed):
-    test_replay_against_a_list.hypothesis.inner_test(operations, seed)
+@given(operations=OPERATIONS, seed=st.integers(0, 2**31 - 1))
+def test_replay_against_a_list_a_thousand_times(place, operations, seed):
+    test_replay_against_a_list.hypothesis.inner_test(place, operations, seed)
 
 
-def test_every_fresh_sequence_is_served_exactly_once():
+def test_every_fresh_sequence_is_served_exactly_once(place):
     """Over a long run in which sampling keeps up, uniform samples never displace a fresh one."""
-    state, add, sample, _ = programs()
+    state, add, sample, _ = programs(place)
     served, model = [], ListReplay()
     for i in range(60):
         rows = make_rows(i, 1)
@@ -147,9 +186,9 @@ def test_every_fresh_sequence_is_served_exactly_once():
     assert served == [(env, chunk * LENGTH) for chunk in range(60 // LENGTH) for env in range(ENVS)]
 
 
-def test_served_does_not_run_ahead():
+def test_served_does_not_run_ahead(place):
     """A batch larger than the queue must not mark sequences as served that do not exist yet."""
-    state, add, sample, _ = programs()
+    state, add, sample, _ = programs(place)
     state = add(state, make_rows(0, LENGTH))
     for i in range(3):
         state, _ = sample(state, jax.random.key(i))
@@ -159,10 +198,10 @@ def test_served_does_not_run_ahead():
 
 
 @pytest.mark.parametrize("written", [LENGTH, 9, 2 * CAPACITY + 5])
-def test_uniform_sampling(written):
+def test_uniform_sampling(place, written):
     """Without the queue, every (environment, start) that is stored is equally likely; partly filled, full and
     wrapped. Chi-square of 30,000 draws."""
-    state, add, sample, _ = programs(batch=30_000, online=False)
+    state, add, sample, _ = programs(place, batch=30_000, online=False)
     for start in range(0, written, 1):
         state = add(state, make_rows(start, 1))
     serial = np.asarray(sample(state, jax.random.key(0))[1].traj.reward[0]).astype(int)
@@ -172,9 +211,9 @@ def test_uniform_sampling(written):
     assert len(counts) == 2 or scipy.stats.chisquare(counts).pvalue > 1e-3
 
 
-def test_online_leaves_the_rest_of_the_batch_uniform():
+def test_online_leaves_the_rest_of_the_batch_uniform(place):
     """Fresh sequences take the first places only; the others cover all of replay."""
-    state, add, sample, _ = programs(batch=5000)
+    state, add, sample, _ = programs(place, batch=5000)
     state = add(state, make_rows(0, CAPACITY))
     serial = np.asarray(sample(state, jax.random.key(0))[1].traj.reward[0]).astype(int)
     fresh = CAPACITY // LENGTH * ENVS
@@ -183,10 +222,10 @@ def test_online_leaves_the_rest_of_the_batch_uniform():
 
 
 @pytest.mark.parametrize("trained", [LENGTH, LENGTH - 1])
-def test_write_latent(trained):
+def test_write_latent(place, trained):
     """Only the trained rows of the sampled sequences change, only their latents; the context row keeps its own.
     Across the end of the ring too."""
-    state, add, sample, write = programs()
+    state, add, sample, write = programs(place)
     for start in range(0, 15, 5):
         state = add(state, make_rows(start, 5))
     crossed = False
@@ -211,9 +250,9 @@ def test_too_long_sequences_are_refused():
         replay.make(capacity=3, num_envs=1, batch=1, length=4)
 
 
-def test_dtypes_survive():
+def test_dtypes_survive(place):
     """Rows come back in the dtypes in which they were written."""
-    state, add, sample, _ = programs()
+    state, add, sample, _ = programs(place)
     traj = sample(add(state, make_rows(0, CAPACITY)), jax.random.key(0))[1].traj
     wanted = make_rows(0, 1)
     assert jax.tree.map(lambda x: x.dtype, traj) == jax.tree.map(lambda x: jnp.asarray(x).dtype, wanted)
