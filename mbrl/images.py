@@ -190,14 +190,18 @@ class ImageDecoder(nn.Module):
 
 
 class FlatEncoder(nn.Module):
-    """Images [..., h, w, c] -> [..., units]: an MLP of all pixels, for small pictures from a fixed camera."""
+    """Images [..., h, w, c] -> [..., units]: an MLP of all pixels, for small pictures from a fixed camera. It
+    reads each channel as its mean and what differs from it: else an even background outweighs, in the first
+    layer's norm, the few pixels that move."""
 
     layers: int
     units: int
 
     @nn.compact
     def __call__(self, x: Shaped[Array, "*batch h w c"]) -> Shaped[Array, "*batch o"]:
-        return MLP(self.layers, self.units, name="mlp")(x.reshape(*x.shape[:-3], -1))
+        mean = x.mean((-3, -2))
+        rest = (x - mean[..., None, None, :]).reshape(*x.shape[:-3], -1)
+        return MLP(self.layers, self.units, name="mlp")(jnp.concatenate([rest, mean], -1))
 
 
 class FlatDecoder(nn.Module):

@@ -114,11 +114,11 @@ def _s() -> Preset:
 
 
 def _s_pixels() -> Preset:
-    """`_s` for small pictures: reconstruction sums over their pixels, so it weighs less."""
+    """`_s` for small pictures. The reconstruction of all latent models weighs what it does from states with RSSM:
+    below that, nothing but the mean picture is drawn for thousands of updates (docs/pixels.md)."""
     preset = _s()
-    preset["agent"] |= {"scale_rec": 1.0}
     for name in FRAME:
-        preset[f"agent/{name}"] |= {"scale_rec": 1.0}
+        preset[f"agent/{name}"] |= {"scale_rec": preset["agent"]["scale_rec"]}
     return preset | {"camera": {"size": 32}}
 
 

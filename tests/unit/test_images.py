@@ -58,7 +58,8 @@ def test_encoder():
 
 
 def test_flat_networks():
-    """MLPs from all pixels to a vector, and from h and z to the brightness of every pixel."""
+    """MLPs from all pixels to a vector, as differences from each channel's mean and that mean, and from h and z
+    to the brightness of every pixel."""
     x, h, z = RNG.uniform(-0.5, 0.5, (2, 4, 3, 3)), RNG.normal(size=(2, 5)), RNG.normal(size=(2, 3))
 
     def layer(params, x):
@@ -66,7 +67,9 @@ def test_flat_networks():
 
     read = FlatEncoder(layers=2, units=6)
     params = randomised(read, jnp.float32(x))
-    y = layer(params["mlp"]["dense1"], layer(params["mlp"]["dense0"], x.reshape(2, -1)))
+    mean = x.mean((1, 2))
+    pixels = np.concatenate([(x - mean[:, None, None]).reshape(2, -1), mean], -1)
+    y = layer(params["mlp"]["dense1"], layer(params["mlp"]["dense0"], pixels))
     close(read.apply({"params": params}, jnp.float32(x)), y)
     draw = FlatDecoder((4, 3, 3), layers=1, units=6)
     params = randomised(draw, jnp.float32(h), jnp.float32(z))["mlp"]
