@@ -114,8 +114,8 @@ def _s() -> Preset:
 
 
 def _s_pixels() -> Preset:
-    """`_s` for small pictures. The reconstruction of all latent models weighs what it does from states with RSSM:
-    below that, nothing but the mean picture is drawn for thousands of updates (docs/pixels.md)."""
+    """`_s` for small pictures. Reconstruction weighs as much as that of states with RSSM: with a tenth of it,
+    nothing but the mean picture is drawn for long (docs/pixels.md)."""
     preset = _s()
     for name in FRAME:
         preset[f"agent/{name}"] |= {"scale_rec": preset["agent"]["scale_rec"]}
