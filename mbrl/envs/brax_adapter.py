@@ -55,7 +55,13 @@ def make_playground(name: str) -> JaxEnv:
     if name not in library.ALL_ENVS:
         raise ValueError(f"playground has no task {name!r}, it must be one of: {', '.join(library.ALL_ENVS)}")
     length = library.get_default_config(name).episode_length
-    return adapt(library.load(name, config_overrides={"impl": "jax"}), f"playground:{name}", length)
+    try:
+        env = library.load(name, config_overrides={"impl": "jax"})
+    except AttributeError as error:  # playground 0.2 makes its reachers by a function that MuJoCo dropped
+        raise ValueError(
+            f"playground cannot make {name!r} with the MuJoCo that is installed: {error}"
+        ) from None
+    return adapt(env, f"playground:{name}", length)
 
 
 def adapt(env: Any, name: str, length: int) -> JaxEnv:

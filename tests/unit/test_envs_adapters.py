@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mbrl import envs
+from mbrl.envs import brax_adapter
 from mbrl.envs.adapters import contain, in_range, typed
 from mbrl.types import TimeStep
 
@@ -52,6 +55,33 @@ def test_refusals(name, package, part):
     with pytest.raises(ValueError) as caught:
         envs.make_jax(name)
     assert part in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_task_that_its_library_cannot_make_is_a_sentence(monkeypatch):
+    """As Playground's reachers, which call a function that MuJoCo has no more."""
+
+    def load(name, config_overrides):
+        raise AttributeError("no 'find_body'")
+
+    suite = SimpleNamespace(
+        ALL_ENVS=("ReacherEasy",), get_default_config=lambda _: SimpleNamespace(episode_length=5), load=load
+    )
+    monkeypatch.setattr(brax_adapter, "optional", lambda *_: SimpleNamespace(dm_control_suite=suite))
+    with pytest.raises(ValueError, match="cannot make 'ReacherEasy' with the MuJoCo that is installed: no"):
+        envs.make_jax("playground:ReacherEasy")
+
+
+def test_playground_as_it_is_declared():
+    pytest.importorskip("mujoco_playground")
+    env = envs.make_jax("playground:CartpoleBalance")
+    assert env.spec.obs["state"].shape == (5,) and env.spec.action.shape == (1,)
+    assert env.spec.max_steps == 1000 and env.costly_reset
+
+
+@pytest.mark.slow
+def test_playground_passes_the_checks():
+    pytest.importorskip("mujoco_playground")
+    assert envs.check(envs.make_jax("playground:CartpoleBalance"))
 
 
 def test_numbers_that_are_not_finite_end_an_episode():

@@ -52,6 +52,18 @@ def test_another_number_of_devices_evaluates_the_same(run, run_dir, monkeypatch)
     np.testing.assert_allclose(elsewhere.evaluate(), run.evaluate(), rtol=0.02)
 
 
+def test_a_hundred_episodes_on_another_number_of_devices(run, run_dir, tmp_path, monkeypatch):
+    """The command, on one device, from the checkpoint of two; what it writes is what two devices find."""
+    monkeypatch.setattr(finished.Seeds, "make", lambda first, count: on_one_device(5, 6, loop=True))
+    script("evaluate")([str(run_dir), "--num-episodes", "100", "--json", str(tmp_path / "result.json")])
+    monkeypatch.undo()
+    result = json.loads((tmp_path / "result.json").read_text())
+    found = np.array(result["episodes"])
+    assert found.shape == (2, 100)
+    np.testing.assert_allclose(found, run.evaluate(100), rtol=0.02)
+    np.testing.assert_allclose(result["per_seed"], found.mean(1))
+
+
 def test_what_is_played_adds_up(run, played):
     returns, trajectory = played
     assert returns.shape == (2, 3) and trajectory.reward.shape == (2, 501, 3)
