@@ -7,8 +7,9 @@ seeds: time per update of all seeds, its ratio to as many runs one after another
 growth: one seed with twice and four times the batch, the sequence length, or the horizon.
 compile: a program with the updates of one environment step at train ratio 1, and at 64.
 Memory is the plan that a run prints, beside what the process took in fact: at its peak while it learned, over
-what it had when everything was compiled and nothing allocated; and at its peak of all, compiling included,
-over what it had before. Each case runs in a process of its own; times are medians.
+what it had when all was compiled and nothing allocated; and at its peak of all, compiling included, over
+what it had before. Each case runs in a process of its own. Times are medians; CPU times, which are means,
+change less by other jobs beside it.
 """
 
 from __future__ import annotations
@@ -79,9 +80,9 @@ def measure(preset: str, num_seeds: int, repeats: int, updates: int = UPDATES, *
     seeds, agent = Seeds.make(0, num_seeds), make_agent(WALKER, model, agent_config)
     run = Run(agent, Source(WALKER), seeds, loop, make_clock(loop, 10**6, length), length)
     programs, keys, least = run.programs(), seeds.keys(), memory.check_memory(run)
-    before, began = peak_mib(), time.perf_counter()
+    before, began, cpu = peak_mib(), time.perf_counter(), time.process_time()
     step = programs.pretrain.lower(*run.chunk_shapes()[:2]).compile()
-    compiling = time.perf_counter() - began
+    compiling, compiling_cpu = time.perf_counter() - began, time.process_time() - cpu
     planned = memory.program_bytes(step, seeds)
     assert planned is not None, "the compiler does not say what the program takes"
     init, peak = programs.init.lower(keys).compile(), peak_mib()
@@ -96,7 +97,9 @@ def measure(preset: str, num_seeds: int, repeats: int, updates: int = UPDATES, *
         jax.block_until_ready(metrics)
 
     call()
+    cpu = time.process_time()
     seconds = [wall_seconds(call) for _ in range(repeats)]
+    cpu = time.process_time() - cpu
     return {
         "preset": preset,
         "num_seeds": num_seeds,
@@ -104,7 +107,9 @@ def measure(preset: str, num_seeds: int, repeats: int, updates: int = UPDATES, *
         **changes,
         "devices": len(memory.own_devices(seeds)),
         "milliseconds_per_update": 1e3 * statistics.median(seconds) / updates,
+        "cpu_milliseconds_per_update": 1e3 * cpu / repeats / updates,
         "compile_seconds": compiling,
+        "compile_cpu_seconds": compiling_cpu,
         "state_mib": (least.total - least.working) / 2**20,
         "planned_mib": planned / 2**20,
         "taken_mib": taken.mib(),
@@ -130,6 +135,7 @@ def table(title: str, columns: dict[str, str], rows: list[dict]) -> str:
 
 MEASURED = {
     "ms per update": "{milliseconds_per_update:.1f}",
+    "CPU ms": "{cpu_milliseconds_per_update:.1f}",
     "compile s": "{compile_seconds:.1f}",
     "state MiB": "{state_mib:.1f}",
     "planned MiB": "{planned_mib:.0f}",
@@ -178,6 +184,7 @@ def main() -> None:
         show(table(f"Growth, {args.preset}, one seed", heads | MEASURED, growth))
         compiling = [in_subprocess(num_seeds=1, **common, updates=u) for u in (1, 64)]
         heads = {"updates in the program": "{updates}", "compile s": "{compile_seconds:.1f}"}
+        heads |= {"compile, CPU s": "{compile_cpu_seconds:.1f}"}
         show(table(f"Compile time, {args.preset}", heads, compiling))
     if args.markdown:
         args.markdown.write_text("\n".join(texts))
