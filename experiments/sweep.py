@@ -252,6 +252,7 @@ def main(argv: Sequence[str]) -> None:
     groups = programs(config, flags, found)
     count = sum(len(group) for _, group in groups)
     print(f"{count} settings with {config.num_seeds} seeds, {len(groups)} program(s)")
+    print(f"--sweep-dir {folder} with the same command continues this sweep if it is stopped")
     rows, seed = [], config.seed
     for number, (found, group) in enumerate(groups):
         name, size = f"group{number}", len(group) * config.num_seeds
@@ -265,6 +266,7 @@ def main(argv: Sequence[str]) -> None:
             rows.append({"setting": setting, **result, "run": name, "seeds": list(own)})
         seed += size
         report(rows, folder)
+    print(f"results.json, results.csv and the run folders: {folder}")
 
 
 if __name__ == "__main__":

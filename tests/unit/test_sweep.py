@@ -81,6 +81,15 @@ def test_numbers_share_a_program_and_shapes_do_not(sweep, tmp_path):
     assert [float(row["iqm"]) for row in table] == pytest.approx([36, 28, 26, 18])
 
 
+def test_it_says_where_results_are_and_how_to_go_on(sweep, tmp_path, monkeypatch, capsys):
+    """The folder that it makes where none is given."""
+    monkeypatch.chdir(tmp_path)
+    sweep("--vary", "agent.entropy=0.1,0.2")
+    (folder,) = (tmp_path / "runs").iterdir()
+    first, *_, last = (line for line in capsys.readouterr().out.splitlines() if f"runs/{folder.name}" in line)
+    assert first.startswith("--sweep-dir") and last.startswith("results.json, results.csv")
+
+
 def test_a_single_setting_is_an_ordinary_run(sweep, tmp_path):
     ((config, vary),) = sweep("--sweep-dir", str(tmp_path), "--vary", "agent.entropy=0.5")
     assert vary == {} and config.agent.entropy == 0.5 and config.num_seeds == 3
