@@ -1,8 +1,10 @@
 """What images cost on their way from replay to the device, and from environments to replay.
 
     python benchmarks/replay.py --preset s_pixels --place host device --workers 0 2
+    python benchmarks/replay.py --preset size12m --place host disk --rounds 0   # the first table alone
 
-For each place of the images, with observations made in advance: the seconds of an update; those for which the
+What preparing a batch costs the thread that does it: CPU time, and the shortest wall time of 49. Then, for
+each place of the images, with observations made in advance: the seconds of an update; those for which the
 device had no batch to learn from, as a share of both ("waits"); and the bytes of one batch. Between two
 updates of a burst it waits from the end of one until the next one's batch is there; before a burst, from the
 moment when the rows are collected. Then for each number of workers, with the real environment: the seconds of
@@ -32,7 +34,7 @@ from mbrl.drivers import HostDriver, Source, make_source, make_workers
 from mbrl.envs.pixels import CameraConfig
 from mbrl.memory import num_bytes
 from mbrl.presets import DREAMER
-from mbrl.programs import LoopConfig, make_clock
+from mbrl.programs import UPDATE, LoopConfig, make_clock
 from mbrl.seeds import Seeds, use_compilation_cache
 from mbrl.train import Run
 from mbrl.types import TimeStep
@@ -145,6 +147,26 @@ class Case:
         return busy, waited
 
 
+def preparing(run: Run, folder: Path) -> tuple[float, float]:
+    """(median CPU, shortest wall) seconds of the thread for a batch from a full ring of random bytes."""
+    images = run.host_replay(folder)
+    assert images is not None
+    rng = np.random.default_rng(0)
+    for ring in images.images.values():
+        for row in range(ring.shape[1]):
+            ring[:, row] = rng.integers(0, 256, (1, *ring.shape[2:]), np.uint8)
+    images.inserted, images.served = run.clock.capacity, 10**6  # no sequence is fresh
+    burst = images._begin(UPDATE, 0, 50, 0)
+
+    def timed(number: int) -> tuple[float, float]:
+        cpu, wall = time.thread_time(), time.perf_counter()
+        images._batch(burst, images.inserted, number)
+        return time.thread_time() - cpu, time.perf_counter() - wall
+
+    cpu, wall = zip(*(images._thread.submit(timed, number).result() for number in range(1, 50)))
+    return median(cpu), min(wall)
+
+
 def collecting(pool, run: Run, rounds: int) -> float:
     """Seconds in which the environments make the rows of an iteration, with nothing beside."""
     rng, seconds = np.random.default_rng(0), []
@@ -168,7 +190,7 @@ def main() -> None:
     parser.add_argument("--place", nargs="+", default=["host"], choices=["device", "host", "disk"])
     parser.add_argument("--workers", nargs="*", type=int, default=[], help="processes that render")
     parser.add_argument("--collect-steps", type=int, help="in place of the preset's")
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=10, help="0 only prepares batches")
     options = parser.parse_args()
     use_compilation_cache()
     source = make_source(options.task, 2, "pixels", CameraConfig(options.size))
@@ -184,6 +206,12 @@ def main() -> None:
         flush=True,
     )
     with tempfile.TemporaryDirectory() as folder:
+        print("| images | preparing a batch, CPU ms | shortest, wall ms |\n|---|---|---|")
+        for place in [name for name in options.place if name != "device"]:
+            cpu, wall = preparing(replace(run, place=place), Path(folder))
+            print(f"| {place} | {1e3 * cpu:.1f} | {1e3 * wall:.1f} |", flush=True)
+        if not options.rounds:
+            return
         size, canned = run.config.num_envs, {}
         for place in options.place:
             placed = replace(run, place=place)
