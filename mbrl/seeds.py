@@ -5,6 +5,7 @@ Devices form a mesh ('seed', 'data'): seeds are spread first, then the batch of 
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,11 +22,12 @@ from mbrl.errors import UserError, check_between
 
 def use_cpu_devices(num_seeds: int, data: int = 1) -> None:
     """One virtual CPU device per core, as many as divide the seeds, so that seeds use all cores; ``data``
-    devices for each where its batch is split.
+    devices for each where its batch is split. Memory that programs free is kept (`keep_freed_memory`).
 
-    Call before the first JAX operation. Without effect on accelerators. An explicit XLA_FLAGS
+    Call before the first JAX operation. Accelerators stay as they are. An explicit XLA_FLAGS
     --xla_force_host_platform_device_count wins.
     """
+    keep_freed_memory()
     if data > 1:
         # Programs that run at once on the same few threads could wait for each other's part of a sum.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -36,6 +38,23 @@ def use_cpu_devices(num_seeds: int, data: int = 1) -> None:
     count = data * _divisor(num_seeds, max(1, cores // data))
     if jax.config.values["jax_num_cpu_devices"] != count:  # setting it is refused once a computation was made
         jax.config.update("jax_num_cpu_devices", count)
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep freed memory for the next call of a program instead of giving it back to the system.
+
+    XLA allocates a program's temporary arrays anew in every call, and the system clears each of their pages
+    when it is first touched: a quarter of the processor time of a large update (docs/performance.md). All
+    threads share one heap, because only the main one can grow beyond 64 MiB. An explicit MALLOC_ARENA_MAX
+    wins. Without effect where there is no glibc.
+    """
+    if not hasattr(os, "confstr") or "glibc" not in (os.confstr("CS_GNU_LIBC_VERSION") or ""):
+        return
+    if "MALLOC_ARENA_MAX" in os.environ:
+        return
+    trim_threshold, mmap_max, arena_max = -1, -4, -8  # names of malloc.h: M_TRIM_THRESHOLD and so on
+    for parameter, value in ((arena_max, 1), (mmap_max, 0), (trim_threshold, -1)):
+        ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def use_compilation_cache() -> None:

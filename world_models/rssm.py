@@ -59,15 +59,13 @@ class RSSM(nn.Module):
 
     def core(self, deter: Array, stoch: Array, embedded_action: Array) -> Array:
         """h' = block GRU(h, z, a). Each block sees its own slice of h and all of the three embeddings."""
-        c, g = self.config, self.config.blocks
         x, shared = (
             deter,
             jnp.concatenate([self.in_deter(deter), self.in_stoch(_flat(stoch)), embedded_action], -1),
         )
         for linear, norm in zip(self.dyn, self.dyn_norm, strict=True):
             x, shared = nn.silu(norm(linear(x, shared))), None
-        gates = self.gates(x, shared).reshape(*x.shape[:-1], g, 3, c.deter // g)
-        reset, cand, update = (gates[..., i, :].reshape(deter.shape) for i in range(3))
+        reset, cand, update = self.gates.cut(x, shared, 3)
         cand = jnp.tanh(jax.nn.sigmoid(reset) * cand)
         update = jax.nn.sigmoid(update - 1)
         return update * cand + (1 - update) * deter

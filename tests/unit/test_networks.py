@@ -67,6 +67,17 @@ def test_block_linear_is_block_diagonal(blocks):
     np.testing.assert_allclose(layer.apply({"params": params}, x), x @ dense + params["bias"], atol=1e-5)
 
 
+def test_block_linear_cuts_every_block():
+    """The parts are those of each block, joined over the blocks; features that are shared enter all of them."""
+    layer, x, shared = BlockLinear(24, 4), jax.random.normal(KEY, (3, 2, 8)), jnp.ones((3, 2, 5))
+    params = layer.init(KEY, x, shared)["params"]
+    params = {**params, "bias": jax.random.normal(jax.random.key(1), (24,))}
+    whole = layer.apply({"params": params}, x, shared).reshape(3, 2, 4, 3, 2)
+    parts = layer.apply({"params": params}, x, shared, 3, method="cut")
+    for i, part in enumerate(parts):
+        np.testing.assert_allclose(part, whole[..., i, :].reshape(3, 2, 8), atol=1e-5)
+
+
 def test_rms_norm():
     """x / sqrt(mean(x^2) + 1e-4) over the whole axis, without centring; small inputs are not blown up."""
     x = jax.random.normal(KEY, (5, 16)) * jnp.array([1e-4, 1e-2, 1.0, 1e4, 0.0])[:, None] + 0.0
