@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from mbrl.distributions import OneHot, one_hot
 from mbrl.errors import check_at_least, check_between
-from mbrl.latent_model import LatentConfig
+from mbrl.latent_model import LatentConfig, flat
 from mbrl.networks import MAX_LAYERS, MLP, Dense, Linear
 from mbrl.types import Array
 
@@ -68,20 +68,6 @@ class FrameLatent(nn.Module):
         return one_hot(logits.reshape(*logits.shape[:-1], c.stoch, c.classes), c.unimix)
 
 
-def flat(stoch: Array) -> Array:
-    return stoch.reshape(*stoch.shape[:-2], -1)
-
-
 def sample(post: OneHot, keys: Array, dtype) -> Array:
     """One sample per time step [T, ...] with that step's key, as step mode would draw it."""
     return jax.vmap(OneHot.sample)(post, keys).astype(dtype)
-
-
-def previous(stoch: Array, carried: Array) -> Array:
-    """z of the step before, [T, B, S, C], the carried one [B, S, C] first."""
-    return jnp.concatenate([carried[None], stoch[:-1]])
-
-
-def clear(is_first: Array, x: Array) -> Array:
-    """0 where an episode begins [..., *rest], whatever was there, even if not finite."""
-    return jnp.where(is_first.reshape(*is_first.shape, *[1] * (x.ndim - is_first.ndim)), 0, x)

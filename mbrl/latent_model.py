@@ -30,7 +30,18 @@ from mbrl.images import (
 )
 from mbrl.losses import kl_losses
 from mbrl.networks import MAX_LAYERS, MLP, Linear, apply, flatten_obs
-from mbrl.types import Array, EnvSpec, Observed, Prediction, Starts, Trajectory, WorldModel, whole
+from mbrl.types import (
+    Array,
+    EnvSpec,
+    Observed,
+    Prediction,
+    Starts,
+    Trajectory,
+    WorldModel,
+    starts_at,
+    states_of,
+    whole,
+)
 
 
 @dataclass(frozen=True)
@@ -86,22 +97,27 @@ class Backbone(NamedTuple):
     imagine_step(params, ctx, state [...], action, key) -> state [...]
     features(params, state [...]) -> [..., F], of which the last S C are z
     feature_size: F. unpredictive: how many of the first features only actor and critic read, not the heads.
-    param_groups(), emit and storable as in `WorldModel`.
+    param_groups(), emit and storable as in `WorldModel`; starts and imagine_init have the same defaults.
     """
 
     init: Callable[..., Any]
     init_state: Callable[..., Any]
     observe: Callable[..., tuple[Any, Starts, OneHot, OneHot]]
     step: Callable[..., Any]
-    starts: Callable[..., Starts]
-    imagine_init: Callable[..., Any]
     imagine_step: Callable[..., Any]
     features: Callable[..., Array]
     feature_size: int
     param_groups: Callable[[], dict[str, dict[str, float]]]
+    starts: Callable[..., Starts] = starts_at
+    imagine_init: Callable[..., Any] = states_of
     unpredictive: int = 0
     emit: Callable[[Any], Any] = whole
     storable: bool = True
+
+
+def flat(stoch: Array) -> Array:
+    """The factors of z [..., S, C] as one vector [..., S C]."""
+    return stoch.reshape(*stoch.shape[:-2], -1)
 
 
 class Decoder(nn.Module):

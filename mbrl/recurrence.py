@@ -1,4 +1,4 @@
-"""Linear recurrences with episode starts, over time in sequence or in parallel."""
+"""Sequences with episode starts: what came before a step, and linear recurrences, one by one or in parallel."""
 
 from __future__ import annotations
 
@@ -6,9 +6,20 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Complex, Float
+from jaxtyping import Array, Bool, Complex, Float, Shaped
 
 ScanImpl = Literal["auto", "associative", "sequential"]
+
+
+def previous(sequence: Shaped[Array, "T *rest"], carried: Shaped[Array, "*rest"]) -> Shaped[Array, "T *rest"]:
+    """The value of the step before, at every step; at the first one that which was carried there."""
+    return jnp.concatenate([carried[None], sequence[:-1]])
+
+
+def clear(is_first: Bool[Array, "*batch"], x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """x [*batch, *rest], but 0 where an episode begins, whatever was there, even if not finite (a product
+    with 0 would keep that)."""
+    return jnp.where(is_first.reshape(*is_first.shape, *[1] * (x.ndim - is_first.ndim)), 0, x)
 
 
 def linear_recurrence(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mbrl.planning import Objective, Planner
-from mbrl.types import Array, JaxEnv, Prediction, Simulator, Starts, State, TimeStep
+from mbrl.types import Array, JaxEnv, Prediction, Simulator, State, TimeStep
 
 
 class EnvState(NamedTuple):
@@ -36,8 +36,6 @@ def simulator_of_env(env: JaxEnv) -> Simulator:
         return jnp.concatenate(obs, -1)
 
     return Simulator(
-        starts=lambda params, state: Starts((), state),
-        imagine_init=lambda params, starts, horizon: starts.states,
         imagine_step=imagine_step,
         predict=predict,
         features=features,

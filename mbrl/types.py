@@ -181,6 +181,16 @@ def whole(state: State) -> State:
     return state
 
 
+def starts_at(params: Params, state: State) -> Starts:
+    """`WorldModel.starts` of a model whose acting state is all that imagination needs."""
+    return Starts((), state)
+
+
+def states_of(params: Params, starts: Starts, horizon: int) -> State:
+    """`WorldModel.imagine_init` of a model without a cache."""
+    return starts.states
+
+
 class WorldModel(NamedTuple):
     """A world model. Leading axes written ``...`` may be any number of axes; where there are several, the
     last is the batch axis of ``ctx``, so [T, B] of a sequence, and [N, B] of N plans.
@@ -206,13 +216,13 @@ class WorldModel(NamedTuple):
     init_state: Callable[..., State]
     observe: Callable[..., Observed]
     observe_step: Callable[..., State]
-    starts: Callable[..., Starts]
-    imagine_init: Callable[..., State]
     imagine_step: Callable[..., State]
     predict: Callable[..., Prediction]
     features: Callable[..., Array]
     decode: Callable[..., dict[str, Any] | None]
     param_groups: Callable[[], dict[str, dict[str, float]]]
+    starts: Callable[..., Starts] = starts_at
+    imagine_init: Callable[..., State] = states_of
     emit: Callable[[State], State] = whole
     storable: bool = True
 
@@ -230,11 +240,11 @@ class Simulator(NamedTuple):
         and 1 for the others; None where all are in use
     """
 
-    starts: Callable[..., Starts]
-    imagine_init: Callable[..., State]
     imagine_step: Callable[..., State]
     predict: Callable[..., Prediction]
     features: Callable[..., Array]
+    starts: Callable[..., Starts] = starts_at
+    imagine_init: Callable[..., State] = states_of
     emit: Callable[[State], State] = whole
     policy: Callable[..., Array] | None = None
     value: Callable[..., Any] | None = None

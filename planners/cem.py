@@ -8,14 +8,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mbrl.errors import check_between
 from mbrl.planning import SearchRule, Stage
 from mbrl.types import Array, ArraySpec
 from planners.common import (
-    SearchConfig,
+    CrossEntropyConfig,
     best,
-    check,
-    check_positive,
+    check_cross_entropy,
     draw,
     elite_weights,
     moments,
@@ -25,18 +23,13 @@ from planners.common import (
 
 
 @dataclass(frozen=True)
-class CEMConfig(SearchConfig):
+class CEMConfig(CrossEntropyConfig):
     """PETS' settings."""
 
     horizon: int = 25
     iterations: int = 5
     samples: int = 400
     elites: int = 40
-    """Best candidates that form the next mean and spread (K)."""
-    smoothing: float = 0.1
-    """Weight of the old mean and variance in the new ones (alpha)."""
-    std: float = 0.5
-    """Standard deviation that every search begins with, of actions in [-1, 1]."""
 
 
 class Search(NamedTuple):
@@ -50,9 +43,7 @@ class Search(NamedTuple):
 def make(config: CEMConfig, action: ArraySpec) -> SearchRule:
     """Normal distributions truncated to the bounds, or independent categoricals; executes the mean, or the
     likeliest of discrete actions. The number of iterations is fixed; PETS stops at a small variance."""
-    check(config, "elites")
-    check_between("search.smoothing", config.smoothing, 0, 1)
-    check_positive(config, "std")
+    check_cross_entropy(config)
     discrete = action.classes is not None
 
     def init_warm():

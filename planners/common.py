@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from mbrl.errors import UserError, check_at_least
+from mbrl.errors import UserError, check_at_least, check_between
 from mbrl.planning import RuleConfig
 from mbrl.types import Array, ArraySpec
 
@@ -26,6 +26,25 @@ class SearchConfig(RuleConfig):
     """Sequences of the policy among the candidates of every round."""
 
 
+@dataclass(frozen=True)
+class EliteConfig(SearchConfig):
+    """Fields of rules that move to where their best candidates are."""
+
+    elites: int = 64
+    """Best candidates that form the next mean and spread (K)."""
+
+
+@dataclass(frozen=True)
+class CrossEntropyConfig(EliteConfig):
+    """Fields of the cross-entropy methods."""
+
+    smoothing: float = 0.1
+    """Weight of the old mean and spread in the new ones (alpha); spread is the variance in cem, the standard
+    deviation in icem."""
+    std: float = 0.5
+    """Standard deviation that every search begins with, of actions in [-1, 1]."""
+
+
 def check(config: SearchConfig, *parts: str) -> None:
     """UserError for impossible counts; ``parts`` names fields that count some of the candidates."""
     for name in ("horizon", "iterations", "samples", *parts):
@@ -42,6 +61,13 @@ def check_positive(config: SearchConfig, name: str) -> None:
     """UserError unless the field is above 0."""
     if not (value := getattr(config, name)) > 0:
         raise UserError(f"search.{name} is {value}, it must be positive")
+
+
+def check_cross_entropy(config: CrossEntropyConfig) -> None:
+    """UserError for impossible values."""
+    check(config, "elites")
+    check_between("search.smoothing", config.smoothing, 0, 1)
+    check_positive(config, "std")
 
 
 def refuse_discrete(rule: str, action: ArraySpec) -> None:

@@ -14,10 +14,9 @@ from mbrl.errors import check_at_least, check_between
 from mbrl.planning import SearchRule, Stage
 from mbrl.types import Array, ArraySpec
 from planners.common import (
-    SearchConfig,
+    CrossEntropyConfig,
     best,
-    check,
-    check_positive,
+    check_cross_entropy,
     elite_weights,
     moments,
     neutral,
@@ -27,7 +26,7 @@ from planners.common import (
 
 
 @dataclass(frozen=True)
-class ICEMConfig(SearchConfig):
+class ICEMConfig(CrossEntropyConfig):
     """iCEM's settings."""
 
     horizon: int = 30
@@ -35,11 +34,6 @@ class ICEMConfig(SearchConfig):
     samples: int = 128
     """Candidates of the first round (N); the paper studies budgets from 50 to 500 in all rounds."""
     elites: int = 10
-    """Best candidates that form the next mean and spread (K)."""
-    smoothing: float = 0.1
-    """Weight of the old mean and standard deviation in the new ones (alpha)."""
-    std: float = 0.5
-    """Standard deviation that every search begins with, of actions in [-1, 1]."""
     noise_beta: float = 2.0
     """Exponent of the noise's power spectrum 1 / f^beta over time; 0 is white noise (beta)."""
     decay: float = 1.25
@@ -85,13 +79,11 @@ def rounds(config: ICEMConfig) -> tuple[Stage, ...]:
 def make(config: ICEMConfig, action: ArraySpec) -> SearchRule:
     """Continuous actions; the best sequence of the last round is executed, not the mean."""
     refuse_discrete("icem", action)
-    check(config, "elites")
-    check_between("search.smoothing", config.smoothing, 0, 1)
+    check_cross_entropy(config)
     check_between("search.keep", config.keep, 0, 1)
     check_at_least("search.samples", config.samples, config.elites + config.policy_samples)
     check_at_least("search.decay", config.decay, 1)
     check_at_least("search.noise_beta", config.noise_beta, 0)
-    check_positive(config, "std")
     kept = max(1, round(config.keep * config.elites))  # the best is always kept, to be executed
     matrix = colour(config.horizon, config.noise_beta)
 

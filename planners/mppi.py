@@ -16,7 +16,7 @@ from mbrl.errors import UserError, check_at_least
 from mbrl.planning import SearchRule, Stage
 from mbrl.types import Array, ArraySpec
 from planners.common import (
-    SearchConfig,
+    EliteConfig,
     best,
     check,
     draw,
@@ -27,7 +27,7 @@ from planners.common import (
 
 
 @dataclass(frozen=True)
-class MPPIConfig(SearchConfig):
+class MPPIConfig(EliteConfig):
     """TD-MPC2's settings."""
 
     horizon: int = 3
@@ -35,8 +35,6 @@ class MPPIConfig(SearchConfig):
     extra_iterations: int = 2
     """Further rounds from 20 action dimensions on."""
     samples: int = 512
-    elites: int = 64
-    """Best candidates that form the next mean and spread (K)."""
     policy_samples: int = 24
     temperature: float = 0.5
     """Factor of the score in an elite's weight exp(temperature * score) (tau; the classic 1 / lambda)."""

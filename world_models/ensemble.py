@@ -15,6 +15,7 @@ from mbrl.errors import UserError, check_at_least, check_between
 from mbrl.images import split_obs
 from mbrl.losses import episode_discount, gaussian_nll, soft_bounds
 from mbrl.networks import MAX_LAYERS, MLP, apply, flatten_obs, symlog
+from mbrl.recurrence import clear, previous
 from mbrl.types import Array, EnvSpec, Observed, Prediction, Starts, Trajectory, WorldModel
 
 sg = jax.lax.stop_gradient
@@ -135,15 +136,14 @@ def make(config: EnsembleConfig, spec: EnvSpec) -> WorldModel:
 
     def arrive(begins, obs, source, action):
         """What led to an observation; nothing where an episode begins."""
-        source, action = (jnp.where(begins[..., None], 0, x) for x in (source, action))
-        return Arrived(obs, source, action, jnp.full(begins.shape, -1, jnp.int32))
+        member = jnp.full(begins.shape, -1, jnp.int32)
+        return Arrived(obs, clear(begins, source), clear(begins, action), member)
 
     def observe(params, state, traj: Trajectory, keys) -> Observed:
-        before = lambda first, xs: jnp.concatenate([first[None], xs[:-1]])
         obs = flatten(traj.obs)
-        begins = traj.is_first | before(state.empty, jnp.zeros_like(traj.is_first))
-        arrived = arrive(begins, obs, before(state.now.obs, obs), traj.action)
-        change = jnp.where(begins[..., None], 0, obs - arrived.source)
+        begins = traj.is_first | previous(jnp.zeros_like(traj.is_first), state.empty)
+        arrived = arrive(begins, obs, previous(obs, state.now.obs), traj.action)
+        change = clear(begins, obs - arrived.source)
         target = sg(normalise(params, change, size, 2 * size))
         inputs = inputs_of(params, arrived.source, arrived.action)
         mean, log_var = gaussian(params, params["members"], inputs)

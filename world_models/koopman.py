@@ -17,10 +17,10 @@ import numpy as np
 
 from mbrl import frame_posterior, latent_model
 from mbrl.errors import UserError, check_at_least, check_between
-from mbrl.frame_posterior import FrameConfig, FrameLatent, clear, flat, previous, sample
-from mbrl.latent_model import Backbone
+from mbrl.frame_posterior import FrameConfig, FrameLatent, sample
+from mbrl.latent_model import Backbone, flat
 from mbrl.networks import Linear, RMSNorm, apply
-from mbrl.recurrence import ScanImpl, from_planes, linear_recurrence, to_planes
+from mbrl.recurrence import ScanImpl, clear, from_planes, linear_recurrence, previous, to_planes
 from mbrl.types import Array, EnvSpec, Starts, WorldModel
 
 
@@ -165,8 +165,6 @@ def backbone(config: KoopmanConfig, action_size: int) -> Backbone:
         init_state=init_state,
         observe=observe,
         step=step,
-        starts=lambda params, state: Starts((), state),
-        imagine_init=lambda params, starts, horizon: starts.states,
         imagine_step=imagine_step,
         features=lambda params, state: jnp.concatenate([state["deter"], flat(state["stoch"])], -1),
         feature_size=config.width + config.stoch * config.classes,

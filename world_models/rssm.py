@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from mbrl import latent_model
 from mbrl.distributions import OneHot, one_hot
 from mbrl.errors import UserError, check_at_least, check_between
-from mbrl.latent_model import Backbone, LatentConfig
+from mbrl.latent_model import Backbone, LatentConfig, flat
 from mbrl.networks import MAX_LAYERS, MLP, BlockLinear, Dense, RMSNorm, apply
+from mbrl.recurrence import clear
 from mbrl.types import Array, EnvSpec, Starts, WorldModel
 
 
@@ -61,7 +62,7 @@ class RSSM(nn.Module):
         """h' = block GRU(h, z, a). Each block sees its own slice of h and all of the three embeddings."""
         x, shared = (
             deter,
-            jnp.concatenate([self.in_deter(deter), self.in_stoch(_flat(stoch)), embedded_action], -1),
+            jnp.concatenate([self.in_deter(deter), self.in_stoch(flat(stoch)), embedded_action], -1),
         )
         for linear, norm in zip(self.dyn, self.dyn_norm, strict=True):
             x, shared = nn.silu(norm(linear(x, shared))), None
@@ -86,10 +87,6 @@ class RSSM(nn.Module):
         """Touches every parameter once, for initialisation."""
         deter = self.core(deter, stoch, self.embed_action(action))
         return self.prior(deter), self.posterior(deter, token)
-
-
-def _flat(stoch: Array) -> Array:
-    return stoch.reshape(*stoch.shape[:-2], -1)
 
 
 def make(config: RSSMConfig, spec: EnvSpec) -> WorldModel:
@@ -124,16 +121,14 @@ def backbone(config: RSSMConfig, action_size: int) -> Backbone:
         return module.init(key, state["deter"], state["stoch"], action, token, method="everything")["params"]
 
     def advance(params, state, embedded, token, is_first, key):
-        """One posterior step from an embedded action; ``is_first`` clears the memory, even one that is not
-        finite (a product with 0 would not)."""
-        deter = jnp.where(is_first[:, None], 0, state["deter"])
-        stoch = jnp.where(is_first[:, None, None], 0, state["stoch"])
+        """One posterior step from an embedded action; ``is_first`` clears the memory."""
+        deter, stoch = (clear(is_first, state[name]) for name in ("deter", "stoch"))
         deter = call(params, "core", deter, stoch, embedded)
         post = call(params, "posterior", deter, token)
         return {"deter": deter, "stoch": post.sample(key).astype(dtype)}, post
 
     def embed(params, action, is_first):
-        return call(params, "embed_action", jnp.where(is_first[..., None], 0, action))
+        return call(params, "embed_action", clear(is_first, action))
 
     def step(params, state, token, action, is_first, key):
         return advance(params, state, embed(params, action, is_first), token, is_first, key)[0]
@@ -157,10 +152,8 @@ def backbone(config: RSSMConfig, action_size: int) -> Backbone:
         init_state=init_state,
         observe=observe,
         step=step,
-        starts=lambda params, state: Starts((), state),
-        imagine_init=lambda params, starts, horizon: starts.states,
         imagine_step=imagine_step,
-        features=lambda params, state: jnp.concatenate([state["deter"], _flat(state["stoch"])], -1),
+        features=lambda params, state: jnp.concatenate([state["deter"], flat(state["stoch"])], -1),
         feature_size=config.deter + config.stoch * config.classes,
         param_groups=dict,
     )

@@ -25,6 +25,7 @@ from mbrl.images import (
 from mbrl.losses import episode_discount
 from mbrl.multitask import TASK
 from mbrl.networks import NormedMLP, apply, flatten_obs, simnorm
+from mbrl.recurrence import clear, previous
 from mbrl.types import Array, EnvSpec, Observed, Prediction, Starts, Trajectory, WorldModel
 
 sg = jax.lax.stop_gradient
@@ -179,20 +180,18 @@ def make(config: TDMPCModelConfig, spec: EnvSpec) -> WorldModel:
 
     def arrive(begins, z, source, action, task):
         """What led to the latents z; nothing where an episode begins."""
-        source, action = (jnp.where(begins[..., None], 0, x) for x in (source, action))
-        return Latent(z, source, action, task)
+        return Latent(z, clear(begins, source), clear(begins, action), task)
 
     def observe(params, state, traj: Trajectory, keys) -> Observed:
         z = encode(params, jax.vmap(moved)(traj.obs, keys))
-        before = lambda first, xs: jnp.concatenate([first[None], xs[:-1]])
-        begins = traj.is_first | before(state.empty, jnp.zeros_like(traj.is_first))
+        begins = traj.is_first | previous(jnp.zeros_like(traj.is_first), state.empty)
         task = task_of(traj.obs)
-        posterior = arrive(begins, z, before(state.now.z, z), traj.action, task)
+        posterior = arrive(begins, z, previous(z, state.now.z), traj.action, task)
 
         def step(predicted, inputs):
             begin, z, action, task = inputs
             # Masked before and after: what is not finite would else leave a trace in the gradient.
-            source = jnp.where(begin[:, None], 0, predicted)
+            source = clear(begin, predicted)
             predicted = jnp.where(begin[:, None], z, dynamics(params, source, task, action))
             return predicted, (source, predicted)
 
@@ -234,7 +233,6 @@ def make(config: TDMPCModelConfig, spec: EnvSpec) -> WorldModel:
         observe=observe,
         observe_step=observe_step,
         starts=lambda params, state: Starts((), state.now),
-        imagine_init=lambda params, starts, horizon: starts.states,
         imagine_step=imagine_step,
         predict=predict,
         features=lambda params, state: join(params, state.z, state.task),

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 
 from mbrl import frame_posterior, latent_model
 from mbrl.errors import UserError, check_at_least, check_between
-from mbrl.frame_posterior import FrameConfig, FrameLatent, clear, flat, previous, sample
-from mbrl.latent_model import Backbone
+from mbrl.frame_posterior import FrameConfig, FrameLatent, sample
+from mbrl.latent_model import Backbone, flat
 from mbrl.networks import MAX_LAYERS, Linear, RMSNorm, apply
+from mbrl.recurrence import clear, previous
 from mbrl.types import Array, EnvSpec, Starts, State, WorldModel
 
 

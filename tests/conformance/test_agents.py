@@ -475,8 +475,6 @@ def transparent_model() -> WorldModel:
         init_state=lambda params, batch: jnp.zeros((batch, A)),
         observe=observe,
         observe_step=lambda params, state, action, obs, is_first, key: obs["x"],
-        starts=lambda params, state: Starts((), state),
-        imagine_init=lambda params, starts, horizon: starts.states,
         imagine_step=lambda params, ctx, x, action, key: 0.8 * x + action,
         predict=predict,
         features=lambda params, x: x,

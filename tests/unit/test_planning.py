@@ -61,8 +61,6 @@ def predict(params, state: Point) -> Prediction:
 
 
 LQR = Simulator(
-    starts=lambda params, state: Starts((), state),
-    imagine_init=lambda params, starts, horizon: starts.states,
     imagine_step=step,
     predict=predict,
     features=lambda params, state: state.x,
@@ -247,8 +245,6 @@ def toy(reward, uncertainty=None, value=None, cont=1.0) -> Simulator:
         return Toy(action[..., 0], jax.random.normal(key, action.shape[:-1]))
 
     return Simulator(
-        starts=lambda params, state: Starts((), state),
-        imagine_init=lambda params, starts, horizon: starts.states,
         imagine_step=step,
         predict=predict,
         features=lambda params, state: state.action[..., None],

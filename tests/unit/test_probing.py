@@ -45,8 +45,6 @@ def counting_model(forgets: bool) -> WorldModel:
         init_state=lambda params, batch: (),
         observe=observe,
         observe_step=unused,
-        starts=lambda params, state: Starts((), state),
-        imagine_init=lambda params, starts, horizon: starts.states,
         imagine_step=imagine_step,
         predict=lambda params, state: Prediction(state["cue"] * 0.1, state["ones"], {}),
         features=lambda params, state: state["cue"][..., None],

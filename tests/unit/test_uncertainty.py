@@ -23,7 +23,7 @@ from mbrl.planning import (
     plan_objective,
     read_weights,
 )
-from mbrl.types import Agent, ArraySpec, EnvSpec, Prediction, Simulator, Starts, UpdateInfo
+from mbrl.types import Agent, ArraySpec, EnvSpec, Prediction, Simulator, UpdateInfo
 from planners.random import RandomConfig, make
 from world_models import tdmpc as tdmpc_model
 from world_models.tdmpc import TDMPCModelConfig
@@ -50,8 +50,6 @@ def two_arms(known: float = 0.0, unknown: float = 0.0) -> Simulator:
         return Prediction(reward, jnp.ones_like(reward), {"disagreement": state.chosen[..., 1]})
 
     return Simulator(
-        starts=lambda params, state: Starts((), state),
-        imagine_init=lambda params, starts, horizon: starts.states,
         imagine_step=lambda params, ctx, state, action, key: Arm(action),
         predict=predict,
         features=lambda params, state: state.chosen,
