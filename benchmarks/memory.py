@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py runs/recall30-* runs/recall120-* --figure docs/figures/memory.png
 
-RUN_DIR: folders that `experiments/memory.py` left, without --agent. One row each; in the picture a panel for
+RUN_DIR: folders that `experiments/memory.py` left. One row each; in the picture a panel for
 each task, with the accuracy in inference of every seed over the updates of the world model.
 """
 

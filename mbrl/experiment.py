@@ -106,8 +106,6 @@ def parse(
     elif not early.resume:
         use_cpu_devices(max(1, early.num_seeds), max(1, early.data_parallel))
     if early.resume:
-        if not early.run_dir:
-            raise UserError("--resume needs --run-dir: the folder of the run to continue")
         return resumed(argv, default, early, parts)
     if early.preset is None:
         cpu = jax.default_backend() == "cpu"
@@ -129,13 +127,8 @@ def resumed(
     argv: Sequence[str], default: Callable[..., C], early: argparse.Namespace, parts: dict[str, str]
 ) -> C:
     """The stored config; flags may repeat it but not change it, but for those that are ``FREE``."""
-    run_dir = early.run_dir
-    record = RunFolder.config_of(run_dir)
-    stored = record.get("config", {})
-    if "preset" not in stored:
-        raise UserError(
-            f"--run-dir {run_dir} holds a run of another script, which cannot be resumed by this one"
-        )
+    run_dir, record = early.run_dir, record_of(early.run_dir, "preset")
+    stored = record["config"]
     if stored.get("deterministic"):
         use_determinism()
     if not early.distributed:
@@ -154,9 +147,26 @@ def resumed(
     given = parse_flags(argv, dataclasses.replace(config, **unset))
     given = dataclasses.replace(given, offline=portable(given.offline))
     config = dataclasses.replace(config, **{name: getattr(given, name) for name in FREE})
+    refuse_changes(config, given)
+    return config
+
+
+def record_of(run_dir: str, field: str) -> dict[str, Any]:
+    """The ``config.json`` of the run to resume, whose config must have ``field``, as the script's own do."""
+    if not run_dir:
+        raise UserError("--resume needs --run-dir: the folder of the run to continue")
+    record = RunFolder.config_of(run_dir)
+    if field not in record.get("config", {}):
+        raise UserError(
+            f"--run-dir {run_dir} holds a run of another script, which cannot be resumed by this one"
+        )
+    return record
+
+
+def refuse_changes(config: Any, given: Any) -> None:
+    """UserError where flags ask for another config than that of the run to resume."""
     if changed := differences(config, given):
         raise UserError(f"--resume continues a run as it was started, but {changed[0]} differs from it")
-    return config
 
 
 def default_folder(*parts: str) -> str:

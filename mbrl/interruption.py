@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import threading
 from types import FrameType
@@ -16,6 +17,14 @@ class Interrupted(Exception):
     def __init__(self, message: str, number: int):
         super().__init__(message)
         self.exit_code = 128 + number
+
+    @classmethod
+    def at(cls, where: str, run_dir: str | os.PathLike, saved: bool, number: int) -> Interrupted:
+        """Of a run in ``run_dir`` that got as far as ``where``. saved: whether a checkpoint of that was
+        written."""
+        newest = f"checkpoint at {where}" if saved else "the newest older checkpoint"
+        run_dir = shlex.quote(os.fspath(run_dir))
+        return cls(f"stopped at {where}; --resume --run-dir {run_dir} continues from {newest}", number)
 
 
 class Interruption:

@@ -1,4 +1,4 @@
-"""Sequences with episode starts: what came before a step, and linear recurrences, one by one or in parallel."""
+"""Sequences with episode starts: what came before a step, and linear recurrences, in order or in parallel."""
 
 from __future__ import annotations
 

@@ -216,7 +216,7 @@ def train(
                         folder.checkpoints, frames, whole, extra, meta, segments=segments
                     )
                 if stop and not end:
-                    raise Interrupted(_farewell(folder, f"{frames:,} {clock.unit}", saved), stop)
+                    raise Interrupted.at(f"{frames:,} {clock.unit}", folder.path, saved, stop)
             for seed in monitor.newly_frozen():
                 where = dump(state, keys, seed, folder, frames)
                 progress.say(f"seed {seeds.seeds[seed]}: {where}")
@@ -347,11 +347,6 @@ class Monitor:
             )
             self._news.append(int(i))
         self.frozen = np.asarray(frozen)
-
-
-def _farewell(folder: RunFolder, where: str, saved: bool) -> str:
-    what = f"checkpoint at {where}" if saved else "the newest older checkpoint"
-    return f"stopped at {where}; --resume --run-dir {folder.path} continues from {what}"
 
 
 class Timer:

@@ -7,6 +7,7 @@ import difflib
 import importlib
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -179,6 +180,10 @@ def unknown(name: str) -> ValueError:
         return ValueError(f"{name!r} is an environment written in JAX, not a task of dm_control; {listing}")
     if dmc.canonical(name):
         return ValueError(f"{name!r} is a task of dm_control, not an environment written in JAX; {listing}")
+    meant = f"gymnasium's is {GYM}{name}" if re.search(r"-v\d+$", name) else ""
+    meant = meant or ("your own is MODULE:FACTORY" if "." in name else "")
+    if meant:
+        return ValueError(f"There is no task or environment {name!r}; {meant}")
     close = difflib.get_close_matches(name.lower().replace("-", "_"), names(), n=4, cutoff=0.5)
     hint = f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
     return ValueError(f"There is no task or environment {name!r}{hint}; {listing}")

@@ -406,7 +406,7 @@ def _load_renderer() -> str:
         raise RuntimeError(
             f"Rendering is switched off by MUJOCO_GL={wish}: unset it, or set it to egl, osmesa or glfw."
         )
-    backend = (wish or _find_backend()).lower()
+    backend = (wish or find_backend()).lower()
     backend = "glfw" if backend in ("on", "enable", "enabled", "true", "1") else backend
     try:
         if backend == "egl":
@@ -426,7 +426,8 @@ def _load_renderer() -> str:
     return backend
 
 
-def _find_backend() -> str:
+def find_backend() -> str:
+    """The first OpenGL backend found of EGL, OSMesa and, with a display, GLFW; else RuntimeError."""
     from ctypes.util import find_library
 
     if sys.platform != "linux":

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import importlib
 import math
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from mbrl.envs.dmc import find_backend
 from mbrl.types import ArraySpec, EnvSpec, TimeStep
 
 
@@ -166,8 +168,11 @@ class Gymnasium:
     def render(self, height: int, width: int) -> np.ndarray:
         """One uint8 RGB frame [height, width, 3]: the environment's own picture, nearest pixels.
 
-        Raises RuntimeError with one sentence when it has none, or when OpenGL is missing.
+        MuJoCo's draw by MUJOCO_GL, as dm_control's do. Raises RuntimeError with one sentence when it has
+        none, or when OpenGL is missing.
         """
+        if getattr(self._env.unwrapped, "mujoco_renderer", None) is not None:
+            os.environ.setdefault("MUJOCO_GL", find_backend())  # gymnasium takes a window system's otherwise
         try:
             frame = self._env.render()
         except Exception as error:  # a missing library shows in as many types as there are renderers

@@ -3,6 +3,7 @@ promise."""
 
 import importlib.util
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from mbrl.errors import UserError
+from mbrl.interruption import Interrupted, Interruption
 from mbrl.logger import read_metrics
 from tests.helpers import script
 
@@ -39,6 +41,7 @@ def command():
         ("--probe.updates 7 --probe.eval-every 3", ["probe.updates", "7", "probe.eval_every"]),
         ("--probe.observed 32", ["probe.observed", "32", "below the 32"]),
         ("--model.dt-min 1", ["model.dt_min", "model.dt_max"]),
+        ("--resume", ["--resume", "--run-dir"]),
         ("--num-seeds 0", ["num_seeds", "0"]),
     ],
 )
@@ -69,6 +72,31 @@ def test_a_probe_leaves_its_accuracies(command, tmp_path, capsys):
     assert (folder / "curve.png").stat().st_size > 5_000
     assert json.loads((folder / "config.json").read_text())["config"]["gap"] == 3
     assert "4 updates: inference" in capsys.readouterr().out
+
+
+def test_an_interrupted_probe_goes_on(command, tmp_path, capsys, monkeypatch):
+    """Ctrl-C ends one after its next examination; resumed, it finds what an undisturbed one finds."""
+    flags = "--gap 3 --probe.observed 2 --probe.updates 6 --probe.eval-every 2 --probe.eval-episodes 16"
+    flags = [*MODEL, *flags.split(), "--probe.batch-size", "4"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    command([*flags, "--run-dir", str(whole)])
+
+    def interrupting(interruption):
+        interruption.number = signal.SIGINT
+        return interruption
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted) as stop:
+        patch.setattr(Interruption, "__enter__", interrupting)
+        patch.setattr(Interruption, "__exit__", lambda *_: None)
+        command([*flags, "--run-dir", str(cut)])
+    assert stop.value.exit_code == 130
+    assert f"stopped at 2 updates; --resume --run-dir {cut} continues" in str(stop.value)
+    with pytest.raises(UserError, match="gap differs"):
+        command(["--resume", "--run-dir", str(cut), "--gap", "4"])
+    command(["--resume", "--run-dir", str(cut)])
+    assert read_metrics(cut) == read_metrics(whole)
+    results = [json.loads((folder / "summary.json").read_text()) for folder in (whole, cut)]
+    assert results[0]["examinations"] == results[1]["examinations"]
 
 
 def test_an_agent_runs(tmp_path):

@@ -28,6 +28,8 @@ def test_options_reach_the_factory():
         (lambda name: envs.make_host(name, 0), "probe_memry", "'probe_memory'"),
         (envs.make_jax, "walker_walk", "is a task of dm_control"),
         (lambda name: envs.make_host(name, 0), "pendulum", "is an environment written in JAX"),
+        (envs.make_jax, "HalfCheetah-v5", "gymnasium's is gym:HalfCheetah-v5"),
+        (envs.make_jax, "my.module", "your own is MODULE:FACTORY"),
         (envs.make_jax, "qqqqqqqq", "There is no task or environment 'qqqqqqqq'; list all with"),
     ],
 )
