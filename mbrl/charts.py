@@ -48,9 +48,10 @@ def line_chart(
     x_ticks, y_ticks = ticks(x.min(), x.max(), 4), ticks(y.min(), y.max(), 5)
     x_range = (min(x.min(), x_ticks[0]), x.max()) if x.max() > x.min() else (x_ticks[0], x_ticks[-1])
     y_range = (min(y.min(), y_ticks[0]), max(y.max(), y_ticks[-1]))
-    across = lambda v: LEFT + (v - x_range[0]) / (x_range[1] - x_range[0]) * (WIDTH - LEFT - RIGHT)
+    left = max(LEFT, 8 + 5.5 * max(map(len, labels(y_ticks))))
+    across = lambda v: left + (v - x_range[0]) / (x_range[1] - x_range[0]) * (WIDTH - left - RIGHT)
     down = lambda v: HEIGHT - BOTTOM - (v - y_range[0]) / (y_range[1] - y_range[0]) * (HEIGHT - TOP - BOTTOM)
-    parts = [_axes(x_ticks, y_ticks, x_range, across, down, x_label)]
+    parts = [_axes(x_ticks, y_ticks, x_range, left, across, down, x_label)]
     # Bands below dots below lines, whatever the order of the series.
     parts += [_band(one, across, down) for one in drawn if one.low is not None]
     parts += [_dots(one, across, down) for one in drawn if one.kind == "dots"]
@@ -65,12 +66,18 @@ def line_chart(
     return svg + (f"<ul class=legend>{''.join(keys)}</ul>" if keys else "")
 
 
-def interval_chart(rows: Sequence[tuple[str, float, float, float]], x_label: str, colour: int = 0) -> str:
+def interval_chart(
+    rows: Sequence[tuple[str, float, float, float]],
+    x_label: str,
+    colour: int = 0,
+    axis: Sequence[float] = (),
+) -> str:
     """Points with intervals, one row each: (label, value, low, high); NaN bounds draw no interval.
-    colour: of the first row, the next ones follow."""
+    colour: of the first row, the next ones follow. axis: values that the axis includes."""
     values = _finite(np.array([row[1:] for row in rows], np.float64).ravel())
     if not values.size:
         return ""
+    values = np.append(values, axis)
     marks = ticks(values.min(), values.max(), 4)
     bounds = (min(values.min(), marks[0]), max(values.max(), marks[-1]))
     height = 26 * len(rows) + BOTTOM + 4
@@ -185,18 +192,18 @@ def _thinned(series: Series) -> Series:
     return series._replace(x=x, y=y, low=low, high=high)
 
 
-def _axes(x_ticks, y_ticks, x_range, across, down, x_label: str) -> str:
+def _axes(x_ticks, y_ticks, x_range, left: float, across, down, x_label: str) -> str:
     parts = []
     for value, label in zip(y_ticks, labels(y_ticks)):
         y = f"{down(value):.1f}"
-        parts.append(f'<line class=grid x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text class=y x="{LEFT - 5}" y="{down(value) + 3.5:.1f}">{label}</text>')
+        parts.append(f'<line class=grid x1="{left:.1f}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text class=y x="{left - 5:.1f}" y="{down(value) + 3.5:.1f}">{label}</text>')
     for value, label in zip(x_ticks, labels(x_ticks)):
         if x_range[0] <= value <= x_range[1]:
             x = min(across(value), WIDTH - 3.2 * len(label))  # the last one is not cut off at the edge
             parts.append(f'<text class=x x="{x:.1f}" y="{HEIGHT - 20}">{label}</text>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text class=x x="{middle}" y="{HEIGHT - 5}">{escape(x_label)}</text>')
+    middle = (left + WIDTH - RIGHT) / 2
+    parts.append(f'<text class=x x="{middle:.1f}" y="{HEIGHT - 5}">{escape(x_label)}</text>')
     return "".join(parts)
 
 

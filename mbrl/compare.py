@@ -361,7 +361,7 @@ def html(c: Comparison) -> str:
     if c.improvement:
         rows = [(name, *estimate) for name, estimate in c.improvement.items()]
         label = f"probability that a run is better than one of {c.reference}"
-        cards.append(card("Probability of improvement", interval_chart(rows, label, colour=1)))
+        cards.append(card("Probability of improvement", interval_chart(rows, label, 1, (0, 1))))
     numbers = [card(title, charts.table(head, rows), wide=True) for title, head, rows in tables(c)]
     title = f"{len(c.methods)} methods on {', '.join(c.tasks)}"
     note = " ".join(["Intervals: 95 %, stratified bootstrap over runs.", *notes(c)])

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import os
 import sys
 import textwrap
 import typing
@@ -207,4 +208,6 @@ def run_main(main: Callable[[Sequence[str]], None]) -> None:
         raise SystemExit(stop.exit_code) from None
     except KeyboardInterrupt as stop:
         print(": ".join(filter(None, ["interrupted", str(stop)])), file=sys.stderr)
-        raise SystemExit(130) from None
+        sys.stdout.flush()
+        # No ordinary exit: it waits for a compilation that is still going on, and crashes in the end.
+        os._exit(130)

@@ -218,11 +218,17 @@ def _latent(result: Result) -> Iterator[str]:
 
 
 def _throughput(result: Result) -> str:
-    """Updates and frames per second of training, from one row of metrics to the next."""
+    """Updates and frames per second of training, from one row of metrics to the next. Rows that follow
+    closely, as at evaluations, are left out: their seconds end before their updates do."""
     seconds = result.metric("time/train", result.seeds[0])[1]
     frames, updates = result.metric("updates", result.seeds[0])
     if len(seconds) < 2 or len(seconds) != len(updates):
         return ""
+    apart, kept = np.median(np.diff(frames)) / 2, [0]
+    for i in range(1, len(frames)):
+        if frames[i] - frames[kept[-1]] >= apart:
+            kept.append(i)
+    seconds, frames, updates = seconds[kept], frames[kept], updates[kept]
     with np.errstate(divide="ignore", invalid="ignore"):
         learning = (np.diff(seconds) > 0) & (np.diff(updates) > 0)  # prefilling is another speed
         rate = lambda count: np.where(learning, np.diff(count) / np.diff(seconds), np.nan)
