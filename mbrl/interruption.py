@@ -49,5 +49,6 @@ class Interruption:
         if self.number is not None:
             raise KeyboardInterrupt("--resume continues from the run folder's newest checkpoint")
         self.number = number
-        # Not print: the signal may have come in the middle of one.
-        os.write(2, b"\nstopping after this iteration, with a checkpoint; once more stops at once\n")
+        # Not print: the signal may have come in the middle of one. A progress bar draws over the line above.
+        notice = b"\nstopping after this iteration, with a checkpoint; once more stops at once\n"
+        os.write(2, notice + b"\n" * os.isatty(2))
