@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    echo "mbrl-jax needs Python 3.11 or later with its venv module; tried:$$tried install one, or name one: make setup PYTHON=/path/to/python3.11" >&2; \
 	    exit 1; \
 	  fi; \
-	  echo "building $(VENV) with $$("$$found" --version): about 1.4 GB, some minutes the first time"; \
+	  echo "building $(VENV) with $$("$$found" --version): about 1.6 GB, some minutes the first time"; \
 	  "$$found" -m venv --clear $(VENV); \
 	fi
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[dev,video]' -c constraints.txt
