@@ -41,7 +41,7 @@ def command():
         ("--probe.updates 7 --probe.eval-every 3", ["probe.updates", "7", "probe.eval_every"]),
         ("--probe.observed 32", ["probe.observed", "32", "below the 32"]),
         ("--model.dt-min 1", ["model.dt_min", "model.dt_max"]),
-        ("--resume", ["--resume", "--run-dir"]),
+        ("--resume", ["there is no run in", "config.json"]),
         ("--num-seeds 0", ["num_seeds", "0"]),
     ],
 )
