@@ -7,12 +7,15 @@ import signal
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from mbrl import probing
 from mbrl.errors import UserError
 from mbrl.interruption import Interrupted, Interruption
 from mbrl.logger import read_metrics
+from mbrl.probing import Probe, ProbeState
 from tests.helpers import script
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "memory.py"
@@ -74,10 +77,23 @@ def test_a_probe_leaves_its_accuracies(command, tmp_path, capsys):
     assert "4 updates: inference" in capsys.readouterr().out
 
 
-def test_an_interrupted_probe_goes_on(command, tmp_path, capsys, monkeypatch):
+def counting(config, env, model) -> Probe:
+    """A probe that compiles at once: its parameter grows by a random number at every stretch of updates."""
+
+    def learn(state, key, first):
+        grown = state.params + jax.random.uniform(jax.random.fold_in(key, first))
+        return ProbeState(grown, state.opt), {"reward_loss": grown}
+
+    def examine(params, key):
+        return {"inference": params, "imagination": params / 2, "chance": params / 3}
+
+    return Probe(lambda key: ProbeState(jax.random.uniform(key), ()), learn, examine)
+
+
+def test_an_interrupted_probe_goes_on(command, tmp_path, monkeypatch):
     """Ctrl-C ends one after its next examination; resumed, it finds what an undisturbed one finds."""
-    flags = "--gap 3 --probe.observed 2 --probe.updates 6 --probe.eval-every 2 --probe.eval-episodes 16"
-    flags = [*MODEL, *flags.split(), "--probe.batch-size", "4"]
+    monkeypatch.setattr(probing, "make", counting)
+    flags = [*MODEL, "--gap", "3", "--probe.updates", "6", "--probe.eval-every", "2"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     command([*flags, "--run-dir", str(whole)])
 
