@@ -280,7 +280,7 @@ ABOUT: dict[str, dict[str, About]] = {
         "s_pixels": About(
             "0.5 M",
             "25 ms per update, 20 from the state",
-            "pendulum_dense: 509 after 12,000 frames (IQM of 3 runs)",
+            "pendulum_dense: 509 after 12,000 frames, state 530 (IQM of 3)",
         ),
         "size1m": About("0.6 M", "0.4 s per update of 16 x 64", "244 after 24,000 frames, changed for a CPU"),
         "size12m": About("9.7 M", "2.3 s per update of 16 x 64", "published: 500 after 100,000 frames"),
