@@ -160,8 +160,24 @@ def parse_flags(argv: Sequence[str], config: T) -> T:
     if {"-h", "--help"} & set(argv):
         _show_help(config)
         raise SystemExit(0)
+    _check_switches(argv, dataclasses.asdict(config))  # type: ignore[call-overload]
     given = ["--help" if flag == "--help-all" else flag for flag in argv]
     return tyro.cli(type(config), args=given, default=config)
+
+
+def _check_switches(argv: Sequence[str], config: Mapping[str, Any]) -> None:
+    """UserError where a flag that is on or off gets a value, of which the parser says only that it is unknown."""
+    names = [name.replace("_", "-") for name, value in flatten(config) if isinstance(value, bool)]
+    off = {name: ".".join([*name.split(".")[:-1], "no-" + name.split(".")[-1]]) for name in names}
+    switches = {f"--{flag}": name for name in names for flag in (name, off[name])}
+    for word, following in zip(argv, [*argv[1:], "--"]):
+        flag, equals, value = word.partition("=")
+        name = switches.get(flag.replace("_", "-"))
+        if name and (equals or not following.startswith("-")):
+            raise UserError(
+                f"{flag} is on or off and takes no value, found {(value if equals else following)!r}: "
+                f"--{name} alone turns it on, --{off[name]} turns it off"
+            )
 
 
 def _show_help(config: Any) -> None:

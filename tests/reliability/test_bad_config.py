@@ -154,7 +154,9 @@ def of_field(name: str, kind: object, model: str) -> Iterator[Case]:
     for value, words in wrong:
         yield Case([f"{flag}={value}"], words)
     if kind is bool and name not in ("resume", "distributed"):  # which ask for a folder and for others first
-        yield Case([flag, "maybe"], ["Unrecognized options: maybe"])
+        words = [f"{flag} is on or off and takes no value", "alone turns it on", "turns it off"]
+        yield Case([flag, "maybe"], [*words, "'maybe'"])
+        yield Case([f"{flag}=true"], [*words, "'true'"])
     misspelt = flag[:-2] + flag[-1] + flag[-2] if flag[-1] != flag[-2] else flag + "s"
     if kind is not bool and name not in ("task", "seed", "steps"):  # so short that others look as close
         yield Case([misspelt, "1"], [misspelt, flag])
