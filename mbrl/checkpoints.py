@@ -1,13 +1,13 @@
 """Checkpoints of one run: whole or absent, verified when read, never cast in silence.
 
-One directory per step, ``checkpoints/000000012000/``: ``state/`` (orbax; the pytree), ``extra.npz`` (states
-of host environments), and ``manifest.json`` with the schema version, path, shape and dtype of every leaf and
-the sha256 of every file. All of it is written in ``checkpoints/.saving``, the manifest last, and renamed when
-complete: a directory with a step's name is a finished checkpoint, whatever killed the process. Rows of replay
-are in ``checkpoints/rows/``, which all checkpoints of a run share (`mbrl.segments`); stored latents, which
-training rewrites everywhere, are in ``state/``. Of a run of several processes each writes its part of all
-arrays into ``state/``, rows among them, and the first one all else, in a folder that they share; any number
-of processes and devices can read it.
+One directory per step, ``checkpoints/000000012000/``: ``state.npz`` (the leaves of the pytree), ``extra.npz``
+(states of host environments), and ``manifest.json`` with the schema version, path, shape and dtype of every
+leaf and the sha256 of every file. All of it is written in ``checkpoints/.saving``, the manifest last, and
+renamed when complete: a directory with a step's name is a finished checkpoint, whatever killed the process.
+Rows of replay are in ``checkpoints/rows/``, which all checkpoints of a run share (`mbrl.segments`); stored
+latents, which training rewrites everywhere, are in ``state.npz``. Of a run of several processes each writes its
+part of all arrays, rows among them, into ``state/`` with orbax, and the first one all else, in a folder that
+they share; any number of processes and devices can read it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import logging
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,9 +34,9 @@ from mbrl.replay import ReplayState
 from mbrl.run_folder import jsonable, sync_directory, write_atomic
 from mbrl.segments import Segment, extend, fill, remove_others
 
-SCHEMA = 3  # 2: episodes between two rows of metrics; 3: rows of replay in files of their own
-READABLE = (2, 3)
-MANIFEST = "manifest.json"
+SCHEMA = 4  # 2: episodes between two rows of metrics; 3: rows of replay in files of their own; 4: state.npz
+READABLE = (2, 3, 4)
+MANIFEST, ARRAYS, SHARDS = "manifest.json", "state.npz", "state"
 
 
 class Restored(NamedTuple):
@@ -93,8 +94,9 @@ def save(
     def complete() -> None:
         found = extend(folder, known, rows, inserted, capacity) if rows else []
         body["rows"] = {"leaves": list(rows), "inserted": inserted, "segments": [s._asdict() for s in found]}
-        # Orbax notes the absolute path in it, and run folders are moved and shared.
-        (saving / "state" / "commit_success.txt").write_text("")
+        if (saving / SHARDS).exists():
+            # Orbax notes the absolute path in it, and run folders are moved and shared.
+            (saving / SHARDS / "commit_success.txt").write_text("")
         with open(saving / "extra.npz", "wb") as file:
             # The underscore keeps names such as "file" apart from savez's own arguments.
             np.savez(file, allow_pickle=False, **{f"_{name}": array for name, array in extra.items()})  # pyright: ignore[reportArgumentType]
@@ -108,7 +110,7 @@ def save(
 
     try:
         all_do(prepare, leader_only=True)
-        all_do(lambda: _write_arrays(saving / "state", leaves))
+        all_do(lambda: _write_arrays(saving, leaves))
         all_do(complete, leader_only=True)
     except Exception as error:  # orbax reports a full disk in many types
         shutil.rmtree(saving, ignore_errors=True)
@@ -184,11 +186,8 @@ def _read(directory: Path, body: dict[str, Any], like: Any, part: str) -> Restor
     _check_same(directory, stored, [_describe(part + path, leaf) for path, leaf in wanted])
     arrays = _read_leaves(directory, body, {i: _target(leaf) for i, (_, leaf) in zip(numbers, wanted)})
     leaves = [_typed(array, leaf) for array, (_, leaf) in zip(arrays, wanted, strict=True)]
-    try:
-        with np.load(directory / "extra.npz", allow_pickle=False) as file:
-            extra = {name[1:]: file[name] for name in file.files}
-    except ValueError:  # its bytes are what the manifest says, so it was written so
-        raise UserError(f"{directory / 'extra.npz'} holds Python objects, which are never loaded") from None
+    with _opened(directory / "extra.npz") as file:
+        extra = {name[1:]: file[name] for name in file.files}
     state = jax.tree.unflatten(jax.tree.structure(like), leaves)
     return Restored(body["step"], state, extra, body["meta"], _segments(body))
 
@@ -257,14 +256,47 @@ def _check_same(directory: Path, stored: list[dict[str, Any]], wanted: list[dict
         refuse("the order of its leaves differs")
 
 
-# Arrays on disk, through orbax. Leaves are stored by their number, so their names may hold any character;
-# orbax cannot store an array without elements, and none is needed.
+# Arrays on disk. Leaves are stored by their number, so their names may hold any character. One process writes
+# them with NumPy: orbax takes five times the computation, and what tensorstore keeps for good at every save (60
+# KiB for 200 leaves) adds up. Several processes need orbax, which writes the part of an array that each of them
+# has and cannot store one without elements.
+
+
+def _write_arrays(folder: Path, leaves: dict[str, Any]) -> None:
+    if jax.process_count() > 1:
+        return _write_shards(folder, leaves)
+    with open(folder / ARRAYS, "wb") as file:
+        np.savez(file, allow_pickle=False, **{name: _storable(leaf) for name, leaf in leaves.items()})  # pyright: ignore[reportArgumentType]
+
+
+def _write_shards(folder: Path, leaves: dict[str, Any]) -> None:
+    item = {name: leaf for name, leaf in leaves.items() if np.size(leaf)}
+    with _checkpointer() as (ocp, checkpointer):
+        checkpointer.save(folder / SHARDS, args=ocp.args.PyTreeSave(item))
+
+
+def _storable(leaf: Any) -> Any:
+    """As it is, so that savez fetches one array after the other; the bytes of one whose dtype NumPy does not
+    know (bfloat16)."""
+    return np.frombuffer(np.asarray(leaf).tobytes(), np.uint8) if leaf.dtype.kind == "V" else leaf
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """An npz file; UserError where it holds Python objects."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            yield file
+    except ValueError as error:  # its bytes are what the manifest says, so it was written so
+        if "allow_pickle" not in str(error):
+            raise
+        raise UserError(f"{path} holds Python objects, which are never loaded") from None
 
 
 @contextmanager
 def _checkpointer():
     """(the orbax module, a checkpointer that works synchronously), closed at the end."""
-    import orbax.checkpoint as ocp  # half a second, only where a checkpoint is touched
+    import orbax.checkpoint as ocp  # half a second, only where several processes write
 
     # On a full disk orbax logs hundreds of lines of tracebacks besides raising, and our warning drowns.
     log = logging.getLogger("absl")
@@ -277,12 +309,6 @@ def _checkpointer():
         log.setLevel(level)
 
 
-def _write_arrays(path: Path, leaves: dict[str, Any]) -> None:
-    item = {name: leaf for name, leaf in leaves.items() if np.size(leaf)}
-    with _checkpointer() as (ocp, checkpointer):
-        checkpointer.save(path, args=ocp.args.PyTreeSave(item))
-
-
 def _read_leaves(directory: Path, body: dict[str, Any], targets: dict[int, Any]) -> list[Any]:
     """The leaves with these numbers, all or some of those that were saved, like their targets."""
     rows = body.get("rows", {"leaves": []})
@@ -291,7 +317,7 @@ def _read_leaves(directory: Path, body: dict[str, Any], targets: dict[int, Any])
     if rings:
         fill(directory.parent, _segments(body), rings, rows["inserted"], targets[int(names[0])].shape[1])
     rest = {f"{i:05d}": target for i, target in targets.items() if f"{i:05d}" not in rings}
-    read = rings | _read_arrays(directory / "state", rest)
+    read = rings | _read_arrays(directory, rest)
     return [_placed(read.pop(f"{i:05d}"), target) for i, target in targets.items()]
 
 
@@ -300,7 +326,15 @@ def _room(target: Any) -> np.ndarray:
     return target if isinstance(target, np.ndarray) else np.zeros(target.shape, target.dtype)
 
 
-def _read_arrays(path: Path, targets: dict[str, Any]) -> dict[str, Any]:
+def _read_arrays(directory: Path, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    if not (directory / ARRAYS).exists():
+        return _read_shards(directory / SHARDS, targets)
+    with _opened(directory / ARRAYS) as file:
+        return {name: file[name].view(x.dtype).reshape(x.shape) for name, x in targets.items()}
+
+
+def _read_shards(path: Path, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    """What several processes wrote, or a release before schema 4."""
     item = {name: target for name, target in targets.items() if target.size}
     read = {}
     if item:

@@ -69,7 +69,14 @@ def assert_same(found, expected):
         assert a.dtype == b.dtype and a.shape == b.shape and bits(a) == bits(b)
 
 
-def test_round_trip_of_every_dtype(tmp_path):
+@pytest.fixture(params=["npz", "shards"])
+def either_format(request, monkeypatch):
+    """As one process writes arrays, and as several do, and did releases before schema 4."""
+    if request.param == "shards":
+        monkeypatch.setattr(checkpoints, "_write_arrays", checkpoints._write_shards)
+
+
+def test_round_trip_of_every_dtype(tmp_path, either_format):
     state = make_state(3)
     extra = {
         "env/0/qpos": np.arange(3.0),
@@ -96,7 +103,7 @@ def test_an_abstract_state_is_enough(tmp_path):
     assert_same(checkpoints.restore(tmp_path, jax.eval_shape(make_state)).state, make_state(3))
 
 
-def test_buffers_may_be_donated_after_save_and_after_restore(tmp_path):
+def test_buffers_may_be_donated_after_save_and_after_restore(tmp_path, either_format):
     copies = jax.jit(lambda tree: jax.tree.map(lambda x: x, tree), donate_argnums=0)
     state = jax.tree.map(jnp.copy, make_state(3))
     checkpoints.save(tmp_path, 1, state)
@@ -112,7 +119,7 @@ def test_buffers_may_be_donated_after_save_and_after_restore(tmp_path):
     assert_same(moved, expected)
 
 
-def test_leaves_are_placed_as_in_like(tmp_path):
+def test_leaves_are_placed_as_in_like(tmp_path, either_format):
     assert len(jax.devices()) == 2, "tests/conftest.py gives two virtual devices"
     mesh = jax.make_mesh((2,), ("seed",), axis_types=(jax.sharding.AxisType.Auto,))
     over_seeds = NamedSharding(mesh, PartitionSpec("seed"))
@@ -150,13 +157,13 @@ def corrupt(path, fault):
 
 
 @pytest.mark.parametrize("fault", ["truncate", "flip", "delete"])
-def test_every_damaged_file_is_found_and_the_previous_step_used(tmp_path, fault):
+def test_every_damaged_file_is_found_and_the_previous_step_used(tmp_path, fault, either_format):
     for step in (10, 20):
         checkpoints.save(tmp_path, step, make_state(step), {"env": np.arange(step)}, {"at": step})
     pristine, newest = tmp_path / "pristine", tmp_path / "000000000020"
     shutil.copytree(newest, pristine)
     files = sorted(p.relative_to(newest) for p in newest.rglob("*") if p.is_file())
-    assert len(files) >= 8  # orbax's own, extra.npz, manifest.json
+    assert len(files) == 3 or len(files) >= 8  # state.npz or orbax's own; extra.npz, manifest.json
     # A file without content (orbax's commit_success.txt) has no byte to flip and none to cut.
     faults = [name for name in files if fault == "delete" or (newest / name).stat().st_size > 0]
     for name in faults:
@@ -238,16 +245,29 @@ def test_a_checkpoint_of_a_stranger_executes_nothing(tmp_path, monkeypatch):
         for name in ("load", "loads", "Unpickler"):
             patched.setattr(pickle, name, lambda *args, **kwargs: pytest.fail("a pickle was read"))
         assert_same(checkpoints.restore(tmp_path, make_state(0)).state, make_state(3))
-    np.savez(directory / "extra.npz", _env=np.array([Trap(sprung)], object))
+    for name, array in (("extra.npz", "_env"), ("state.npz", "00000")):
+        kept = (directory / name).read_bytes()
+        with np.load(directory / name) as file:
+            others = {key: file[key] for key in file.files if key != array}
+        np.savez(directory / name, **others, **{array: np.array([Trap(sprung)], object)})
+        vouch_for(directory, name)
+        with pytest.raises(UserError, match=f"{name} holds Python objects, which are never loaded"):
+            checkpoints.restore(tmp_path, make_state(0))
+        assert not sprung.exists()
+        np.load(directory / name, allow_pickle=True)[array]  # the trap works
+        assert sprung.exists()
+        sprung.unlink()
+        (directory / name).write_bytes(kept)
+        vouch_for(directory, name)
+    assert_same(checkpoints.restore(tmp_path, make_state(0)).state, make_state(3))
+
+
+def vouch_for(directory, name):
+    """The manifest says that a file is as it was written."""
     body = json.loads((directory / "manifest.json").read_text())
     body.pop("sha256")
-    body["files"]["extra.npz"] = checkpoints._sha256(directory / "extra.npz")
+    body["files"][name] = checkpoints._sha256(directory / name)
     (directory / "manifest.json").write_bytes(checkpoints._seal(body))
-    with pytest.raises(UserError, match=r"extra\.npz holds Python objects, which are never loaded"):
-        checkpoints.restore(tmp_path, make_state(0))
-    assert not sprung.exists()
-    np.load(directory / "extra.npz", allow_pickle=True)["_env"]  # the trap works
-    assert sprung.exists()
 
 
 @pytest.mark.parametrize("package", ["mbrl", "world_models", "experiments"])
