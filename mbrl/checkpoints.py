@@ -5,9 +5,9 @@ One directory per step, ``checkpoints/000000012000/``: ``state.npz`` (the leaves
 leaf and the sha256 of every file. All of it is written in ``checkpoints/.saving``, the manifest last, and
 renamed when complete: a directory with a step's name is a finished checkpoint, whatever killed the process.
 Rows of replay are in ``checkpoints/rows/``, which all checkpoints of a run share (`mbrl.segments`); stored
-latents, which training rewrites everywhere, are in ``state.npz``. Of a run of several processes each writes its
-part of all arrays, rows among them, into ``state/`` with orbax, and the first one all else, in a folder that
-they share; any number of processes and devices can read it.
+latents, which training rewrites everywhere, are in ``state.npz``. Of a run of several processes each writes
+its part of all arrays, rows among them, into ``state/`` with orbax, and the first one all else, in a folder
+that they share; any number of processes and devices can read it.
 """
 
 from __future__ import annotations
@@ -257,9 +257,9 @@ def _check_same(directory: Path, stored: list[dict[str, Any]], wanted: list[dict
 
 
 # Arrays on disk. Leaves are stored by their number, so their names may hold any character. One process writes
-# them with NumPy: orbax takes five times the computation, and what tensorstore keeps for good at every save (60
-# KiB for 200 leaves) adds up. Several processes need orbax, which writes the part of an array that each of them
-# has and cannot store one without elements.
+# them with NumPy, since orbax computes much longer, and tensorstore keeps 0.1 MiB of every save for good.
+# Several processes need orbax, which writes the part of an array that each of them has; it cannot store an
+# array without elements.
 
 
 def _write_arrays(folder: Path, leaves: dict[str, Any]) -> None:

@@ -166,7 +166,7 @@ def parse_flags(argv: Sequence[str], config: T) -> T:
 
 
 def _check_switches(argv: Sequence[str], config: Mapping[str, Any]) -> None:
-    """UserError where a flag that is on or off gets a value, of which the parser says only that it is unknown."""
+    """UserError where a flag that is on or off gets a value: the parser would only name the value."""
     names = [name.replace("_", "-") for name, value in flatten(config) if isinstance(value, bool)]
     off = {name: ".".join([*name.split(".")[:-1], "no-" + name.split(".")[-1]]) for name in names}
     switches = {f"--{flag}": name for name in names for flag in (name, off[name])}

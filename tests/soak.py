@@ -9,6 +9,7 @@ The run ends itself with SIGTERM, as a scheduler would. The first third counts a
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -32,15 +33,22 @@ def resident_mib() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+def logged_updates(path: Path) -> int:
+    """Of the latest whole row. The watcher must not need more memory the longer it watches."""
+    try:
+        with open(path / "metrics.jsonl", "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 16384))
+            return json.loads(file.read().split(b"\n")[-2])["updates"]
+    except (FileNotFoundError, IndexError):
+        return 0
+
+
 def watch(minutes: float, path: Path, samples: list[tuple[float, float, int, float, int]]) -> None:
     """(seconds, MiB, open files, CPU seconds, updates that are logged) every 5 seconds, then SIGTERM."""
-    from mbrl.logger import read_metrics
-
     began = time.monotonic()
     while (now := time.monotonic() - began) < 60 * minutes:
         files = len(os.listdir("/proc/self/fd"))
-        updates = max((row.get("updates", 0) for row in read_metrics(path)), default=0)
-        samples.append((now, resident_mib(), files, time.process_time(), updates))
+        samples.append((now, resident_mib(), files, time.process_time(), logged_updates(path)))
         time.sleep(5)
     os.kill(os.getpid(), signal.SIGTERM)
 
