@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.helpers", "orbax.checkpoint", "tensorboardX"])
+CONTEXT.set_forkserver_preload(["tests.helpers", "tensorboardX"])
 
 
 def make_run(iterations: int):

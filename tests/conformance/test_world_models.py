@@ -388,6 +388,19 @@ def test_imagination_takes_any_leading_axes(case):
     assert all(x.shape == (T, B) for x in said.uncertainty.values())
 
 
+def test_imagination_draws_its_latents(case):
+    """Another key, another imagined latent; the same key, the same one."""
+    if case.name.partition(":")[0] not in world_models.LATENT:
+        pytest.skip("has no latent that is drawn")
+    seen, action = observe(case), case.traj.action[0]
+    states = case.model.imagine_init(case.params, seen.starts, 1)
+    first, again, other = (
+        np.asarray(case.imagine(case.params, seen.starts.ctx, states, action, jax.random.key(seed))[0])
+        for seed in (5, 5, 6)
+    )
+    assert (first == again).all() and (first != other).any(-1).mean() > 0.5
+
+
 def test_actions_steer_imagination(case):
     """Another action, another future; actions beyond 1 are not ignored nor do they explode."""
     seen = observe(case)

@@ -216,6 +216,26 @@ def test_a_worker_that_dies_or_hangs_is_started_again(trouble, why):
     pool.close()
 
 
+@pytest.mark.slow
+def test_ten_of_ten_workers_are_back_within_ten_seconds(monkeypatch, capsys):
+    """Killed and hanging in turn, with a second to answer: from the step that goes wrong to the first observation
+    of the new process."""
+    monkeypatch.setattr(workers, "RESTARTS", 11)  # ten end a run
+    pool, seconds = WorkerPool(SPEC, Noise, range(2), 2, timeout=1.0), []
+    pool.reset()
+    for i in range(10):
+        began = time.monotonic()
+        with pytest.warns(RuntimeWarning, match=f"worker {i % 2} "):
+            bad = act(pool, {i % 2: ("kill", "hang")[i // 2 % 2]})
+        assert bad.is_last[i % 2] and act(pool, reset=[i % 2]).obs["x"][i % 2, 0] == 0
+        seconds.append(time.monotonic() - began)
+    assert len(pool._restarts) == 10 and pool.faults.tolist() == [5, 5]
+    pool.close()
+    with capsys.disabled():
+        print(f" {np.mean(seconds):.1f} s on average, {max(seconds):.1f} s at most", end=" ")
+    assert max(seconds) < 10
+
+
 def test_a_worker_that_dies_between_steps_is_found(monkeypatch):
     """While a state is taken, too; and the run ends when it happens again and again."""
     monkeypatch.setattr(workers, "RESTARTS", 2)
