@@ -1,4 +1,4 @@
-# A fresh machine needs Python 3.11 or later and make. `make dreamer` and `make test` do the rest.
+# A fresh machine needs Python 3.11 or 3.12 and make. `make dreamer` and `make test` do the rest.
 
 VENV    ?= .venv
 PYTHON  ?=
@@ -8,8 +8,8 @@ ARGS    ?=
 BIN      := $(VENV)/bin
 STAMP    := $(VENV)/.installed
 # The tested versions first. The probe also finds a Python that cannot make environments (Debian without python3-venv).
-PYTHONS  := $(or $(PYTHON),python3.11 python3.12 python3 python3.13 python)
-SUITABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+PYTHONS  := $(or $(PYTHON),python3.11 python3.12 python3 python)
+SUITABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup dreamer tdmpc test learn trust chaos soak mutations lint bench docs clean
@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    tried="$$tried $$python ($$("$$python" --version 2>/dev/null || echo 'does not run'));"; \
 	  done; \
 	  if [ -z "$$found" ]; then \
-	    echo "mbrl-jax needs Python 3.11 or later with its venv module; tried:$$tried install one, or name one: make setup PYTHON=/path/to/python3.11" >&2; \
+	    echo "mbrl-jax needs Python 3.11 or 3.12 with its venv module; tried:$$tried install one, or name one: make setup PYTHON=/path/to/python3.11" >&2; \
 	    exit 1; \
 	  fi; \
 	  echo "building $(VENV) with $$("$$found" --version): about 1.6 GB, some minutes the first time"; \
