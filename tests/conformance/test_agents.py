@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from mbrl import multitask, optimisers
+from mbrl import losses, multitask, optimisers
 from mbrl.agents import dreamer, pets, tdmpc
 from mbrl.agents.dreamer import DreamerConfig
 from mbrl.agents.pets import PETSConfig
@@ -347,6 +347,26 @@ def test_moving_averages(dreamer_case):
     else:
         assert new.actor_average == ()
     assert new.return_norm.high != 0 and new.return_norm.low <= new.return_norm.high
+
+
+def test_advantages_are_measured_by_the_spread_of_returns(dreamer_case):
+    """The actor's loss is a sum of what is divided by the spread and of what is not, the entropy."""
+
+    def measured(spread):
+        norm = losses.ReturnNorm(jnp.float32(0.0), jnp.float32(spread))
+        metrics = run_update(dreamer_case, dreamer_case.train._replace(return_norm=norm))[1].metrics
+        return float(metrics["actor_loss"]), 1 / float(metrics["return_scale"])
+
+    (a, by_a), (b, by_b), (rest, by_rest) = measured(3.0), measured(6.0), measured(1e6)
+    assert by_a == pytest.approx(2 * by_b, rel=0.1)
+    assert a != b and (a - rest) / (b - rest) == pytest.approx((by_a - by_rest) / (by_b - by_rest), rel=1e-2)
+
+
+def test_the_critic_learns_nothing_across_the_end_of_an_episode(dreamer_case):
+    """Where every replayed row ends one, its loss on them is 0."""
+    ends = dreamer_case.traj._replace(is_last=jnp.ones_like(dreamer_case.traj.is_last))
+    loss = lambda traj: float(run_update(dreamer_case, traj=traj)[1].metrics["replay_value_loss"])
+    assert loss(ends) == 0 < loss(dreamer_case.traj)
 
 
 def test_initial_state_shares_no_buffers(case):
