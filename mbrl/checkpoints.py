@@ -326,14 +326,14 @@ def _room(target: Any) -> np.ndarray:
     return target if isinstance(target, np.ndarray) else np.zeros(target.shape, target.dtype)
 
 
-def _read_arrays(directory: Path, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+def _read_arrays(directory: Path, targets: dict[str, Any]) -> dict[str, Any]:
     if not (directory / ARRAYS).exists():
         return _read_shards(directory / SHARDS, targets)
     with _opened(directory / ARRAYS) as file:
         return {name: file[name].view(x.dtype).reshape(x.shape) for name, x in targets.items()}
 
 
-def _read_shards(path: Path, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+def _read_shards(path: Path, targets: dict[str, Any]) -> dict[str, Any]:
     """What several processes wrote, or a release before schema 4."""
     item = {name: target for name, target in targets.items() if target.size}
     read = {}
