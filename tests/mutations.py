@@ -282,7 +282,7 @@ MUTATIONS = [
     Mutation("a plan goes on where termination is likely", "mbrl/agents/tdmpc.py",
              "> 0.5 * discount, discount, 0.0)",
              "> -1, discount, 0.0)",
-             "unit/test_tdmpc.py::test_a_plan_ends_where_termination_is_likely"),
+             "unit/test_tdmpc.py unit/test_planning_agents.py"),
     # Planners.
     Mutation("the value behind the horizon is not discounted", "mbrl/planning.py",
              "(step[0] + step[1] * score, None)",

@@ -484,18 +484,6 @@ def test_consistency_moves_the_prediction_not_its_target(case):
         assert np.abs(gradient[0]).max() > 0 and not np.asarray(gradient[1:]).any()
 
 
-def test_a_plan_ends_where_termination_is_likely(case):
-    """It goes on for certain or not at all, by the likelier of the two."""
-    model, params = model_file.make(MODEL, SPEC), case.train.params
-    keys = jax.random.split(jax.random.key(0), T)
-    seen = model.observe(params["model"], model.init_state(params["model"], B), case.traj, keys)
-    states = jax.tree.map(lambda x: x.reshape(T * B, *x.shape[2:]), seen.starts.states)
-    likely = np.asarray(model.predict(params["model"], states).cont) > GAMMA / 2
-    planned = tdmpc.make_simulator(FROZEN, SPEC, model, GAMMA).predict(params, states).cont
-    assert likely.any() and not likely.all()
-    np.testing.assert_array_equal(planned, np.where(likely, np.float32(GAMMA), 0))
-
-
 @pytest.mark.parametrize(
     ("fields", "name"),
     [
