@@ -64,7 +64,10 @@ def _small(deter: int, stoch: int, classes: int, layers: int) -> Preset:
         },
         "rssm": {"deter": deter, "hidden": deter, "blocks": 1, "prior_layers": 1},
         "s4wm": stack | {"ssm_size": deter // 2, "ssm_blocks": 4},
-        "r2i": stack | {"ssm_size": deter // 2, "ssm_blocks": 4, "deter": deter},
+        # Norms in front and an MLP in every layer, which R2I has not: so narrow a stack learns too slowly
+        # without (docs/world_models.md).
+        "r2i": stack
+        | {"ssm_size": deter // 2, "ssm_blocks": 4, "deter": deter, "prenorm": True, "mlp": True},
         "koopman": {"width": deter, "hidden": deter, "modes": 2 * deter, "prior_layers": 1},
         **_attention(stack | {"heads": 4, "window": 16}),
         "agent": {
