@@ -28,6 +28,7 @@ from mbrl.config import override
 from mbrl.planning import make_objective, make_planner
 from mbrl.presets import TDMPC
 from mbrl.run_folder import machine, versions
+from mbrl.seeds import use_cpu_devices
 from mbrl.types import Trajectory
 from planners.mppi import MPPIConfig
 from world_models.tdmpc import TDMPCModelConfig, make
@@ -137,6 +138,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="timed calls; the median is reported")
     parser.add_argument("--json", help="also write the figures to this file")
     args = parser.parse_args()
+    use_cpu_devices(1)  # as runs do
     print("| preset | call | batch | ms | GFLOP (all critics) | matmul GFLOP/s | of that rate |")
     print("|---|---|---|---|---|---|---|")
     rows = [row for preset in args.presets for row in measure(preset, args.num_envs, args.repeats)]
