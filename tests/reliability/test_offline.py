@@ -161,7 +161,7 @@ def each(tmp_path_factory):
     agent = tdmpc.make(agent, spec, world_models.tdmpc.make(model, spec), 0.0, 1)
     train = jax.vmap(agent.init)(jax.random.split(jax.random.key(7), 1))
     checkpoints.save(folder / "parent" / "checkpoints", 1, RunState(train, (), (), (), ()))
-    config = {"task": "cartpole_swingup,cup_catch", "loop": {"action_repeat": 2}, "num_seeds": 1}
+    config = {"task": "cartpole_swingup,cup_catch", "loop": {"action_repeat": 2}, "num_seeds": 1, "agent": {}}
     (folder / "parent" / "config.json").write_text(json.dumps({"agent": "tdmpc", "config": config}))
     return folder, train
 
