@@ -181,13 +181,13 @@ def train(
             with timer("compile" if compiling else "train"):
                 state, metrics, ended = driver.advance(state, keys, iteration, learning)
                 monitor.flush()  # the previous rows, while this iteration computes
-                if compiling:
+                iteration += driver.stride
+                frames, end = iteration * clock.frames, iteration == clock.total
+                updates = clock.updates_until(iteration)
+                monitor.add(frames, updates, metrics, ended, driver.faults())
+                if compiling or end:
                     jax.block_until_ready(state)
-                    progress.compiled()
-            iteration += driver.stride
-            frames, end = iteration * clock.frames, iteration == clock.total
-            updates = clock.updates_until(iteration)
-            monitor.add(frames, updates, metrics, ended, driver.faults())
+                    monitor.show(compiled=compiling)
             close = clock.total - iteration < due["evaluate"] // 2  # the final evaluation says it all
             evaluating = end or (learning and not close and iteration % due["evaluate"] == 0)
             scheduled, stop = end or iteration % due["save"] == 0, agree(interruption.number or 0)
@@ -277,16 +277,27 @@ class Monitor:
         self._news: list[int] = []  # positions of seeds that froze and were not asked for yet
         self.warned = False  # of terminals that are not learned
         self.faults = np.zeros(len(seeds.own), int)  # of environments, since the start of this process
-        self.now: tuple[int, int, Any] = (0, 0, None)  # frames, updates, metrics
+        self.now: tuple[int, int, Any] | None = None  # frames, updates, metrics of the latest iteration
         self.ended: list[Episodes] = []
         self.due: tuple[Any, ...] | None = None
 
     def add(self, frames: int, updates: int, metrics, ended: Episodes, faults: np.ndarray) -> None:
-        """The results of an iteration, possibly still being computed."""
+        """The results of an iteration, possibly still being computed; those before it are waited for, so that
+        one is under way and speeds are of what was computed."""
+        if self.now is not None:
+            jax.block_until_ready(self.now[2])
+            self.show()
         self.now = (frames, updates, metrics)
         self.ended.append(ended)
-        self.progress.update(frames, self.returns, updates)
         self.faults = faults
+
+    def show(self, compiled: bool = False) -> None:
+        """Shows how far the latest iteration came; it must be computed. compiled: speeds count from here."""
+        assert self.now is not None
+        if compiled:
+            self.progress.compiled()
+        frames, updates, _ = self.now
+        self.progress.update(frames, self.returns, updates)
 
     def newly_frozen(self) -> list[int]:
         """Positions of the seeds that froze since the last call."""
@@ -305,6 +316,7 @@ class Monitor:
 
     def request(self, train_seconds: float) -> None:
         """Asks for a row of the latest iteration."""
+        assert self.now is not None
         self.due = (*self.now, self.ended, train_seconds)
         self.ended = []
 
@@ -409,7 +421,10 @@ def finish(folder: RunFolder, summary: dict[str, Any], task: str, title: str, un
 
     if "evaluations" not in summary:
         folder.write_summary(summary)
-        print(f"nothing was evaluated, as there is no environment; metrics and checkpoints: {folder.path}")
+        print(
+            "nothing was evaluated, as there is no environment (--task names one); "
+            f"metrics and checkpoints: {folder.path}"
+        )
         return
     comparable = unit == "frames"  # published curves count frames
 

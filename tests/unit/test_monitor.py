@@ -31,3 +31,23 @@ def test_terminals_that_nobody_learns_are_said_once(tmp_path, monkeypatch):
             monitor.flush()
             counts.append(len(said))
     assert counts == [0, 0, 1, 1] and said[0].endswith("--model.episodic") and "True" not in said[0]
+
+
+def test_progress_counts_what_is_computed(tmp_path, monkeypatch):
+    """An iteration is shown when the next one is under way, and the last one when it is asked for; a speed
+    over iterations that were merely sent off would be hundreds of times too high."""
+    shown = []
+    with Logger(tmp_path, [0], tensorboard=False) as logger, Progress(30) as progress:
+        monkeypatch.setattr(
+            progress, "update", lambda frames, returns, updates: shown.append((frames, updates))
+        )
+        monkeypatch.setattr(progress, "compiled", lambda: shown.append("compiled"))
+        monitor = Monitor(Seeds.make(0, 1), logger, progress)
+        nothing = Episodes(np.zeros(1, int), np.zeros(1, np.float32))
+        for i in (1, 2, 3):
+            monitor.add(10 * i, i, {"loss": jnp.zeros(1)}, nothing, np.zeros(1, int))
+            if i == 1:
+                monitor.show(compiled=True)
+        assert shown == ["compiled", (10, 1), (10, 1), (20, 2)]
+        monitor.show()
+    assert shown[-1] == (30, 3)
