@@ -81,7 +81,7 @@ class LatentConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the networks' activations; parameters, losses and optimiser stay float32."""
 
-    VARIES: ClassVar = ("free_nats", "discount")
+    VARIES: ClassVar[tuple[str, ...]] = ("free_nats", "discount")
 
 
 class Backbone(NamedTuple):

@@ -45,7 +45,7 @@ class OptimiserConfig:
     weight_decay: float = 0.0
     """Decoupled, on kernels only; multiplied by the learning rate."""
 
-    VARIES: ClassVar = ("learning_rate", "final_fraction", "beta1", "beta2", "eps")
+    VARIES: ClassVar[tuple[str, ...]] = ("learning_rate", "final_fraction", "beta1", "beta2", "eps")
 
 
 def adaptive_clip(clip: float, pmin: float = 1e-3) -> optax.GradientTransformation:

@@ -45,7 +45,7 @@ class MPPIConfig(EliteConfig):
     execute: Literal["sample", "mean"] = "sample"
     """What is executed: an elite drawn by its weight, or the mean."""
 
-    VARIES: ClassVar = ("temperature",)
+    VARIES: ClassVar[tuple[str, ...]] = ("temperature",)
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class TDMPCModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the networks' activations; parameters, losses and optimiser stay float32."""
 
-    VARIES: ClassVar = ("discount", "encoder_lr_scale")
+    VARIES: ClassVar[tuple[str, ...]] = ("discount", "encoder_lr_scale")
 
 
 class Latent(NamedTuple):

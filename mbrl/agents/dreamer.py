@@ -87,7 +87,7 @@ class DreamerConfig:
     """Learning rate of the critic as a multiple of the optimiser's."""
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
 
-    VARIES: ClassVar = (
+    VARIES: ClassVar[tuple[str, ...]] = (
         *("lam", "noise_correlation", "entropy", "scale_rec", "scale_reward", "scale_cont", "scale_dyn"),
         *("scale_rep", "scale_replay_value", "slow_rate", "slow_scale", "return_rate"),
         *("actor_lr_scale", "critic_lr_scale"),

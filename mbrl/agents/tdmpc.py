@@ -64,7 +64,7 @@ class TDMPCConfig:
     )
     """Of the policy."""
 
-    VARIES: ClassVar = (
+    VARIES: ClassVar[tuple[str, ...]] = (
         *("rho", "scale_consistency", "scale_reward", "scale_value", "scale_termination", "entropy"),
         *("scale_rate", "target_rate"),
     )

@@ -76,9 +76,9 @@ SOURCE = Source(SPEC, None, lambda seed, index: Dots(seed))
 SEEDS = Seeds.make(3, 2)
 
 
-def make_run(place: str, seeds: Seeds = SEEDS) -> Run:
+def make_run(place: str, seeds: Seeds = SEEDS, **loop) -> Run:
     """Iterations of 8 rows and 2 updates, 20 updates before the first; a ring of 20 rows. Latents go back."""
-    made = tests.mesh.make_run(seeds, SOURCE, steps=16 * ITERATIONS, replay_size=40)
+    made = tests.mesh.make_run(seeds, SOURCE, steps=16 * ITERATIONS, replay_size=40, **loop)
     assert (made.clock.capacity, made.clock.total, made.clock.prefill) == (20, ITERATIONS, 2)
     return dataclasses.replace(made, place=place)
 
@@ -116,6 +116,21 @@ def test_training_is_bit_equal(on_device, tmp_path, place):
     assert len(np.unique(state.replay.data.obs["image"])) > 200
     assert np.abs(state.replay.data.latent).max() > 0
     assert not list(tmp_path.iterdir()), "the file has no name"
+
+
+def test_rows_that_come_after_the_first_batch_was_gathered(monkeypatch):
+    """The thread is ahead at every burst, whatever the machine does: a sequence gets the images of its added
+    rows. Drawn uniformly, some have a few of them; in the order they came, all or none."""
+    kept, uniform = HostReplay._begin, {"replay_online": False}
+
+    def begin(*args):
+        burst = kept(*args)
+        burst.first.result()
+        return burst
+
+    monkeypatch.setattr(HostReplay, "_begin", begin)
+    found, expected = (learn(make_run(place, **uniform))[0] for place in ("host", "device"))
+    assert_same(found, expected)
 
 
 # Evaluations of host environments are made of other programs; none is needed here.

@@ -174,6 +174,15 @@ def test_nan_parameters_stay_in_their_seed(vmapped, filled, healthy):
     assert metrics[-1]["rejected_updates"].tolist() == [0, 8]
 
 
+def test_a_seed_freezes_at_the_update_that_was_one_too_many(vmapped, filled):
+    """Its third rejected update in a row (``freeze_after``), neither the one before nor the one after."""
+    broken = filled._replace(train=poison(filled.train, 1))
+    for before, frozen in ((0, False), (1, True)):  # and two updates more
+        health = broken.health._replace(consecutive=np.array([0, before], np.int32))
+        state, _ = vmapped.learn(broken._replace(health=health), KEYS, 1)
+        assert state.health.frozen.tolist() == [False, frozen]
+
+
 def test_a_frozen_seed_stays_frozen(vmapped, filled):
     """Even when its updates become finite again: it is reported, not silently revived."""
     before = filled._replace(health=filled.health._replace(frozen=np.array([False, True])))

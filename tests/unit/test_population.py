@@ -41,7 +41,7 @@ class Small:
 
     width: int = 8
     optimiser: OptimiserConfig = field(default_factory=lambda: OptimiserConfig(warmup=0, eps=1e-3))
-    VARIES: ClassVar = ()
+    VARIES: ClassVar[tuple[str, ...]] = ()
 
 
 def small(config: Small):

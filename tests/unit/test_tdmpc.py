@@ -484,6 +484,20 @@ def test_consistency_moves_the_prediction_not_its_target(case):
         assert np.abs(gradient[0]).max() > 0 and not np.asarray(gradient[1:]).any()
 
 
+def test_a_plan_ends_where_termination_is_likely(case):
+    """It goes on for certain or not at all, by the likelier of the two."""
+    model, params, rng = model_file.make(MODEL, SPEC), case.train.params, np.random.default_rng(0)
+    z, source, action = (rng.normal(size=(20, width)) for width in (LATENT, LATENT, A))
+    logits = np_mlp(double(params["model"]["termination"]), z)[:, 0]
+    # A head whose latents are divided: random weights alone may call all of them likely.
+    head = jax.tree.map(lambda x: x, params["model"]["termination"])
+    head["out"]["bias"] = head["out"]["bias"] - np.median(logits)
+    params = params | {"model": params["model"] | {"termination": head}}
+    states = model_file.Latent(*(jnp.float32(x) for x in (z, source, action)))
+    planned = tdmpc.make_simulator(FROZEN, SPEC, model, GAMMA).predict(params, states).cont
+    np.testing.assert_array_equal(planned, np.where(logits < np.median(logits), np.float32(GAMMA), 0))
+
+
 @pytest.mark.parametrize(
     ("fields", "name"),
     [
