@@ -24,7 +24,7 @@ from mbrl.logger import results_table
 from mbrl.results import settings_of
 from mbrl.run_folder import RunFolder, write_json
 from mbrl.seeds import use_compilation_cache, use_cpu_devices
-from mbrl.statistics import bootstrap_interval, iqm
+from mbrl.statistics import over_seeds
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Config:
 
 
 def result(run: Finished, returns: np.ndarray, seconds: float) -> dict[str, Any]:
-    """What is written as JSON: every return, and the aggregates over seeds that ``summary.json`` also has."""
+    """What is written as JSON: every return, and what ``summary.json`` has over seeds, too."""
     per_seed = returns.mean(1)
     tasks = multitask.by_task(run.spec, returns)
     return ({"tasks": tasks} if tasks else {}) | {
@@ -58,9 +58,7 @@ def result(run: Finished, returns: np.ndarray, seconds: float) -> dict[str, Any]
         "seeds": list(run.seeds.seeds),
         "episodes": returns,
         "per_seed": per_seed,
-        "mean": per_seed.mean(),
-        "iqm": iqm(per_seed),
-        "ci": bootstrap_interval(per_seed),
+        **over_seeds(per_seed, run.config.get("vary")),
         "seconds": seconds,
     }
 

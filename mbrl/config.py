@@ -140,7 +140,7 @@ def early_flags(argv: Sequence[str], **defaults: Any) -> argparse.Namespace:
     values are left to the real parser: here they count as the default."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name, default in defaults.items():
-        kind = str if default is None else type(default)
+        kind = str if default is None else _whole if type(default) is int else type(default)
         if kind is bool:
             parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", default=default)
         else:
@@ -160,8 +160,9 @@ def parse_flags(argv: Sequence[str], config: T) -> T:
     if {"-h", "--help"} & set(argv):
         _show_help(config)
         raise SystemExit(0)
-    _check_switches(argv, dataclasses.asdict(config))  # type: ignore[call-overload]
-    given = ["--help" if flag == "--help-all" else flag for flag in argv]
+    values = dataclasses.asdict(config)  # type: ignore[call-overload]
+    _check_switches(argv, values)
+    given = ["--help" if flag == "--help-all" else flag for flag in _whole_numbers(argv, values)]
     return tyro.cli(type(config), args=given, default=config)
 
 
@@ -178,6 +179,34 @@ def _check_switches(argv: Sequence[str], config: Mapping[str, Any]) -> None:
                 f"{flag} is on or off and takes no value, found {(value if equals else following)!r}: "
                 f"--{name} alone turns it on, --{off[name]} turns it off"
             )
+
+
+def _whole(text: str) -> int:
+    """ValueError where ``text`` is no whole number."""
+    if text.lstrip("-").isdecimal():
+        return int(text)
+    number = float(text)
+    if not number.is_integer():
+        raise ValueError(text)
+    return int(number)
+
+
+def _whole_numbers(argv: Sequence[str], config: Mapping[str, Any]) -> list[str]:
+    """``argv`` with the values of integer fields written out, 1e5 as 100000. UserError where one is no whole
+    number: the parser would only say that int() cannot read it."""
+    flags, words = {f"--{k.replace('_', '-')}" for k, v in flatten(config) if type(v) is int}, list(argv)
+    for i, word in enumerate(argv):
+        flag, equals, value = word.partition("=")
+        flag, at = flag.replace("_", "-"), i if equals else i + 1
+        if flag not in flags or at == len(argv):
+            continue
+        value = value if equals else argv[at]
+        try:
+            words[at] = f"{flag}={_whole(value)}" if equals else str(_whole(value))
+        except ValueError:
+            sentence = f"{flag} must be a whole number, as 100000 or 1e5, found {value!r}"
+            raise UserError(sentence) from None
+    return words
 
 
 def _show_help(config: Any) -> None:

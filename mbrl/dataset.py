@@ -42,7 +42,8 @@ class Dataset(NamedTuple):
 
 def from_run(run_dir: str | os.PathLike) -> Dataset:
     """The episodes in a run's replay, all seeds and environments, in the order in which they were recorded;
-    of a run that learned from recorded episodes, these.
+    of a run that learned from recorded episodes, these. Continuous actions are those that environments
+    executed, clipped to [-1, 1]: replay holds what was drawn, and Dreamer's noise may exceed that.
 
     Episodes that were still going on, or whose beginning replay has overwritten, are cut there. Raises
     UserError when there is no run or no checkpoint.
@@ -59,6 +60,8 @@ def from_run(run_dir: str | os.PathLike) -> Dataset:
         inserted = inserted[:1]
     rows: dict[str, Any] = {path.removeprefix(".replay.data."): x for path, x in arrays.items()}
     data = Trajectory(obs={k: rows[f"obs[{k!r}]"] for k in spec.obs}, **{k: rows[k] for k in _FIELDS})
+    if spec.action.classes is None:
+        data = data._replace(action=np.clip(data.action, -1.0, 1.0))
     episodes = []
     for seed, written in enumerate(inserted):
         columns = _map(lambda x, seed=seed, n=int(written): _unrolled(x[seed], n), data)

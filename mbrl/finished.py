@@ -230,6 +230,8 @@ class Finished:
         first = np.zeros(count, bool) if is_first is None else np.asarray(is_first, bool).reshape(count)
         action, actor = self._act(train, memory.actor, obs, first, memory.step, mode)
         action = np.asarray(action)
+        if self.spec.action.classes is None:  # noise that explores may lead out of the range
+            action = np.clip(action, -1.0, 1.0)
         return action if batched else action[0], Memory(actor, memory.step + 1)
 
     def evaluate(self, episodes: int | None = None) -> np.ndarray:

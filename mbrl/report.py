@@ -98,7 +98,7 @@ def _lead(result: Result) -> str:
 
 def _figures(result: Result) -> str:
     summary, returned = result.summary, result.summary["eval_return"]
-    low, high = returned["ci"]
+    low, high = (None, None) if result.vary else returned["ci"]
     many = len(result.seeds) > 1
     figures = [
         (str(len(by_setting(result))), "settings, see below")
@@ -109,7 +109,7 @@ def _figures(result: Result) -> str:
         (format_seconds(summary["wall_seconds"]), "wall time, all seeds"),
         (f"{summary['params']:,}", "parameters"),
     ]
-    if low is not None and not result.vary:
+    if low is not None:
         figures.insert(1, (f"{low:.0f} to {high:.0f}", "95 % interval of the IQM"))
     method = published.method_of(result.record)
     score = None if result.offline else published.score_at(result.task, summary["env_steps"], method)

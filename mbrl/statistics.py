@@ -68,6 +68,14 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def over_seeds(per_seed: np.ndarray, vary: Any = ()) -> dict[str, Any]:
+    """{"mean", "iqm", "ci"} of scores [S], the last with NaN for one seed. vary: as in a run's record; where
+    seeds differ in settings, nothing: numbers over different settings mean nothing."""
+    if vary:
+        return {}
+    return {"mean": per_seed.mean(), "iqm": iqm(per_seed), "ci": list(bootstrap_interval(per_seed))}
+
+
 def aggregate_iqm(scores: Scores) -> float:
     """`iqm` of the scores of all tasks together."""
     return iqm(np.concatenate(_checked(scores)))

@@ -35,7 +35,7 @@ from mbrl.results import settings_of
 from mbrl.run_folder import RunFolder
 from mbrl.seeds import Seeds
 from mbrl.sinks import Sink
-from mbrl.statistics import bootstrap_interval, iqm
+from mbrl.statistics import over_seeds
 from mbrl.types import Agent, ArraySpec, EnvSpec, HostEnv, Trajectory
 
 
@@ -133,7 +133,7 @@ def train(
     config, clock, seeds, spec = run.config, run.clock, run.seeds, run.source.spec
     programs, compiling_seconds = made or (run.programs(), 0.0)
     timer, keys = Timer(compiling_seconds), seeds.keys()
-    images = run.host_replay(folder.path)
+    images, vary = run.host_replay(folder.path), folder.config.get("vary", {})
     programs = programs if images is None else images.programs(programs)
     driver, (evaluate, filmed) = _driver(run, programs), _evaluation(run, video)
     film = filmed if video and _can_film(filmed) else None
@@ -204,7 +204,9 @@ def train(
                 by_name = {f"eval_return/{name}": mean for name, mean in each.items()}
                 logger.log(frames, {"eval_return": returns.mean(1)} | by_name)
                 progress.say(_evaluation_line(frames, returns, each, timer, clock.unit))
-                folder.write_summary(summarise(frames, evaluations, timer, updates, state.train, seeds, spec))
+                folder.write_summary(
+                    summarise(frames, evaluations, timer, updates, state.train, seeds, spec, vary)
+                )
             if scheduled or stop:
                 monitor.flush()
                 logger.flush()
@@ -229,7 +231,7 @@ def train(
         path = folder.videos / f"{clock.total * clock.frames}.mp4"
         video_module.record(path, film, lambda watch: evaluate(state.train, eval_keys, watch))
     total = clock.total * clock.frames
-    return summarise(total, evaluations, timer, clock.total_updates, state.train, seeds, spec)
+    return summarise(total, evaluations, timer, clock.total_updates, state.train, seeds, spec, vary)
 
 
 def _driver(run: Run, programs: Programs) -> OfflineDriver | DeviceDriver | HostDriver:
@@ -387,10 +389,11 @@ def _evaluation_line(
 
 
 def summarise(
-    frames: int, evaluations, timer: Timer, updates: int, train, seeds: Seeds, spec: EnvSpec
+    frames: int, evaluations, timer: Timer, updates: int, train, seeds: Seeds, spec: EnvSpec, vary: Any = ()
 ) -> dict[str, Any]:
     """The contents of ``summary.json``; seconds are wall time, ``eval_return`` is the latest evaluation, and
-    is missing where there is none. Of several tasks it is their mean, and "tasks" has that of each [S]."""
+    is missing where there is none. Of several tasks it is their mean, and "tasks" has that of each [S].
+    vary: settings in which seeds differ, if they do: then nothing is aggregated over them."""
     summary = {
         "env_steps": frames,
         "wall_seconds": sum(timer.seconds.values()),
@@ -406,9 +409,9 @@ def summarise(
     returns = evaluations[-1][1]
     per_seed = np.mean(returns, 1)
     each = lambda returns: {"tasks": multitask.by_task(spec, returns)} if spec.tasks else {}
-    latest = {"per_seed": per_seed, "episodes": returns, "mean": per_seed.mean(), "iqm": iqm(per_seed)}
+    latest = {"per_seed": per_seed, "episodes": returns} | over_seeds(per_seed, vary)
     return summary | {
-        "eval_return": latest | {"ci": list(bootstrap_interval(per_seed))} | each(returns),
+        "eval_return": latest | each(returns),
         "evaluations": [
             {"env_steps": step, "per_seed": np.mean(values, 1)} | each(values) for step, values in evaluations
         ],

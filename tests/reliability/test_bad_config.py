@@ -19,7 +19,7 @@ import pytest
 
 import world_models
 from mbrl import experiment
-from mbrl.config import check_config, override
+from mbrl.config import check_config, early_flags, override, parse_flags
 from mbrl.errors import UserError
 from mbrl.run_folder import RunFolder
 
@@ -134,7 +134,7 @@ def of_field(name: str, kind: object, model: str) -> Iterator[Case]:
     # tyro reads "--flag=-1" and "--flag=" as they are meant, whatever the value begins with.
     wrong: list[tuple[str, list[str]]] = []
     if kind is int:
-        wrong += [(value, [flag, "int"]) for value in ("ten", "1.5", "")]
+        wrong += [(value, [flag, "whole number"]) for value in ("ten", "1.5", "", "nan", "1e999")]
         wrong += [(value, [f"{name} is {value}", "between 0 and"]) for value in ("-1", str(2**31))]
     elif kind is float:
         wrong += [("much", [flag, "float"])]
@@ -229,6 +229,15 @@ def test_a_sound_command_is_accepted(no_run, capsys):
     for model in MODELS:
         with pytest.raises(Accepted):
             refuse(["--world-model", model], capsys)
+
+
+def test_whole_numbers_may_have_an_exponent():
+    """Of integer fields, behind a blank or an equals sign."""
+    read = lambda *flags: parse_flags(flags, module().default_config("xs", "rssm", "none"))
+    config = read("--steps", "1e5", "--loop.replay-size=2.5e4", "--agent.lam", "1e-1")
+    assert (config.steps, config.loop.replay_size, config.agent.lam) == (100_000, 25_000, 0.1)
+    assert read("--seed", "123456789123456789").seed == 123456789123456789
+    assert early_flags(["--num-seeds", "1e1", "--preset", "xs"], num_seeds=1, preset="s").num_seeds == 10
 
 
 def test_wrong_commands_are_refused(no_run, capsys):

@@ -19,13 +19,14 @@ CAPACITY, ENVS = 10, 2
 
 
 def rows(seeds: int, count: int, length: int) -> Transition:
-    """Rows [S, count, E] whose reward counts them; episodes of ``length`` rows, terminal ones."""
+    """Rows [S, count, E] whose reward counts them; episodes of ``length`` rows, terminal ones. Some actions
+    lie beyond 1."""
     t = np.broadcast_to(np.arange(count)[None, :, None], (seeds, count, ENVS))
     ids = t + 1000.0 * np.arange(ENVS) + 1e6 * np.arange(seeds)[:, None, None]
     obs = {"orientation": np.stack([ids, -ids], -1), "velocity": ids[..., None]}
     obs = {key: value.astype(np.float32) for key, value in obs.items()}
     first, last = t % length == 0, t % length == length - 1
-    action = np.where(first, 0, ids)[..., None].astype(np.float32)
+    action = np.where(first, 0, ids / 1e6)[..., None].astype(np.float32)
     return Transition(obs, action, ids.astype(np.float32), first, last, last)
 
 
@@ -67,7 +68,8 @@ def test_what_replay_held_is_what_is_read_back(tmp_path, written):
     for episode in found.episodes:
         assert not episode.is_first[1:].any() and not episode.is_last[:-1].any()
         np.testing.assert_array_equal(episode.obs["velocity"][:, 0], episode.reward)
-        np.testing.assert_array_equal(episode.action[1:, 0], episode.reward[1:])
+        executed = np.minimum(episode.reward[1:] / 1e6, 1)  # by the environment, which clips
+        np.testing.assert_allclose(episode.action[1:, 0], executed, rtol=1e-6)
         assert episode.obs["orientation"].dtype == np.float32 and episode.is_last.dtype == bool
 
 

@@ -12,6 +12,7 @@ from mbrl.statistics import (
     first_reached,
     iqm,
     optimality_gap,
+    over_seeds,
     performance_profile,
     probability_of_improvement,
     stratified_interval,
@@ -34,6 +35,12 @@ def test_iqm_of_a_failed_run_is_nan_and_of_nothing_an_error():
     assert np.isnan(iqm([1.0, 2.0, 3.0, np.nan]))  # trimming must not hide it
     with pytest.raises(ValueError, match="at least one score"):
         iqm([])
+
+
+def test_seeds_of_several_settings_are_not_aggregated():
+    scores = np.array([1.0, 3.0])
+    assert over_seeds(scores) == {"mean": 2.0, "iqm": 2.0, "ci": list(bootstrap_interval(scores))}
+    assert over_seeds(scores, {"agent.lam": [0.9, 0.95]}) == {}
 
 
 def test_one_run_has_no_interval():
