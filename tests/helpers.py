@@ -139,6 +139,21 @@ def tiny_tdmpc_run(source: Source, seeds: Seeds) -> Run:
     return Run(agent, source, seeds, loop_config, clock, length)
 
 
+def rng_words(rng: np.random.Generator) -> np.ndarray:
+    """The state of a generator of NumPy's default kind, uint64 [4], as an environment's ``get_state`` wants it."""
+    state = rng.bit_generator.state["state"]
+    return np.array(
+        [state[k] >> shift & (2**64 - 1) for k in ("state", "inc") for shift in (0, 64)], np.uint64
+    )
+
+
+def set_rng(rng: np.random.Generator, words: np.ndarray) -> None:
+    """The generator goes on where `rng_words` was taken."""
+    a, b, c, d = (int(word) for word in words)
+    inner = {"state": a | b << 64, "inc": c | d << 64}
+    rng.bit_generator.state = rng.bit_generator.state | {"state": inner, "has_uint32": 0}
+
+
 def on_one_device(*seeds: int, loop: bool = False) -> Seeds:
     """These seeds, all on one device: the seed axis is a vmap (as on an accelerator), or a loop (as on a CPU),
     and nothing else."""

@@ -22,7 +22,16 @@ from mbrl.run_folder import RunFolder
 from mbrl.seeds import Seeds
 from mbrl.train import Run, train
 from mbrl.types import ArraySpec, EnvSpec, TimeStep, Trajectory
-from tests.helpers import MODEL, as_numpy, assert_close, assert_same, on_one_device, tiny_run
+from tests.helpers import (
+    MODEL,
+    as_numpy,
+    assert_close,
+    assert_same,
+    on_one_device,
+    rng_words,
+    set_rng,
+    tiny_run,
+)
 from world_models import rssm
 
 SPEC = EnvSpec(
@@ -57,14 +66,11 @@ class Dots:
         return self.show()
 
     def get_state(self):
-        state = self.rng.bit_generator.state["state"]
-        words = [state[name] >> shift & (2**64 - 1) for name in ("state", "inc") for shift in (0, 64)]
-        return {"count": np.array(self.count), "rng": np.array(words, np.uint64)}
+        return {"count": np.array(self.count), "rng": rng_words(self.rng)}
 
     def set_state(self, state):
         self.count = int(state["count"])
-        a, b, c, d = (int(word) for word in state["rng"])
-        self.rng.bit_generator.state |= {"state": {"state": a | b << 64, "inc": c | d << 64}}
+        set_rng(self.rng, state["rng"])
 
     def render(self, height, width):
         raise RuntimeError

@@ -20,6 +20,7 @@ from mbrl.envs.gym import Gymnasium
 from mbrl.envs.pool import HostPool
 from mbrl.errors import UserError
 from mbrl.types import ArraySpec, TimeStep
+from tests.helpers import rng_words, set_rng
 
 ROOT = Path(__file__).parents[2]
 
@@ -244,16 +245,11 @@ class Bad:
 
     def get_state(self):
         keep = {} if self.fault == "state can be saved" else {"x": self.x.copy()}
-        state = self.rng.bit_generator.state["state"]
-        words = [state["state"] >> 64, state["state"] % 2**64, state["inc"] >> 64, state["inc"] % 2**64]
-        return {"t": np.array(self.t), "rng": np.array(words, np.uint64), **keep}
+        return {"t": np.array(self.t), "rng": rng_words(self.rng), **keep}
 
     def set_state(self, state):
         self.t, self.x = int(state["t"]), state.get("x", np.zeros(3, np.float32)).copy()
-        a, b, c, d = map(int, state["rng"])
-        full = self.rng.bit_generator.state
-        full["state"] = {"state": (a << 64) + b, "inc": (c << 64) + d}
-        self.rng.bit_generator.state = full
+        set_rng(self.rng, state["rng"])
 
     def render(self, height, width):
         raise RuntimeError("no pictures")

@@ -22,6 +22,7 @@ from mbrl.envs.pool import HostPool
 from mbrl.envs.workers import WorkerPool
 from mbrl.errors import UserError
 from mbrl.types import ArraySpec, EnvSpec, TimeStep
+from tests.helpers import rng_words, set_rng
 
 SPEC = EnvSpec(
     "noise", {"x": ArraySpec((2,)), "image": ArraySpec((4, 4, 3), "uint8")}, ArraySpec((1,)), max_steps=9
@@ -62,15 +63,11 @@ class Noise:
         return timestep
 
     def get_state(self):
-        state = self.rng.bit_generator.state["state"]
-        words = [state[name] >> shift & (2**64 - 1) for name in ("state", "inc") for shift in (0, 64)]
-        return {"count": np.array(self.count), "rng": np.array(words, np.uint64)}
+        return {"count": np.array(self.count), "rng": rng_words(self.rng)}
 
     def set_state(self, state):
         self.count = int(state["count"])
-        a, b, c, d = (int(word) for word in state["rng"])
-        inner = {"state": a | b << 64, "inc": c | d << 64}
-        self.rng.bit_generator.state = self.rng.bit_generator.state | {"state": inner}
+        set_rng(self.rng, state["rng"])
 
     def render(self, height, width):
         raise RuntimeError

@@ -12,7 +12,7 @@ import numpy as np
 from mbrl import evaluation
 from mbrl.drivers import Source, host_seed, make_pool
 from mbrl.types import Agent, Array, ArraySpec, EnvSpec, JaxEnv, TimeStep
-from tests.helpers import on_one_device
+from tests.helpers import on_one_device, rng_words, set_rng
 
 EPISODES, LONGEST = 4, 7
 SPEC = EnvSpec("lengths", {"left": ArraySpec((1,))}, ArraySpec((1,)), 1, LONGEST)
@@ -67,15 +67,11 @@ class LengthsHost:
         return self.show(1 + action[0])
 
     def get_state(self):
-        state = self.rng.bit_generator.state["state"]
-        words = [state["state"] >> 64, state["state"] % 2**64, state["inc"] >> 64, state["inc"] % 2**64]
-        return {"left": np.array(self.left), "rng": np.array(words, np.uint64)}
+        return {"left": np.array(self.left), "rng": rng_words(self.rng)}
 
     def set_state(self, state):
         self.left = int(state["left"])
-        high, low, inc_high, inc_low = (int(x) for x in state["rng"])
-        words = {"state": (high << 64) + low, "inc": (inc_high << 64) + inc_low}
-        self.rng.bit_generator.state = self.rng.bit_generator.state | {"state": words, "has_uint32": 0}
+        set_rng(self.rng, state["rng"])
 
     def render(self, height, width):
         raise RuntimeError
