@@ -23,15 +23,21 @@ class OneHot(NamedTuple):
     """Independent categoricals over the last axis with one-hot samples and straight-through gradients.
 
     log_probs: normalised log-probabilities [..., C], of a mixture with the uniform where `one_hot` was
-    given ``unimix`` > 0.
+    given ``unimix`` > 0. weights: the probabilities themselves where they are known, so that a sample need not
+    take a logarithm and its exponential.
     """
 
     log_probs: Float[Array, "*batch C"]
+    weights: Float[Array, "*batch C"] | None = None
+
+    @property
+    def probs(self) -> Float[Array, "*batch C"]:
+        return jnp.exp(self.log_probs) if self.weights is None else self.weights
 
     def sample(self, key: Array) -> Float[Array, "*batch C"]:
         """One-hot sample whose gradient is that of the probabilities. Inverse CDF: one uniform per factor,
         cheaper than one Gumbel per class and exact up to float32."""
-        probs = jnp.exp(self.log_probs)
+        probs = self.probs
         cdf = jnp.cumsum(sg(probs), -1)
         uniform = jax.random.uniform(key, (*probs.shape[:-1], 1)) * cdf[..., -1:]
         # The first class whose cumulative probability exceeds the uniform.
@@ -49,10 +55,10 @@ class OneHot(NamedTuple):
         return -self.log_prob(jax.nn.one_hot(index, self.log_probs.shape[-1]))
 
     def entropy(self) -> Float[Array, "*batch"]:
-        return -(jnp.exp(self.log_probs) * self.log_probs).sum(-1)
+        return -(self.probs * self.log_probs).sum(-1)
 
     def kl(self, other: OneHot) -> Float[Array, "*batch"]:
-        return (jnp.exp(self.log_probs) * (self.log_probs - other.log_probs)).sum(-1)
+        return (self.probs * (self.log_probs - other.log_probs)).sum(-1)
 
 
 def one_hot(logits: Array, unimix: float = 0.0) -> OneHot:
@@ -60,8 +66,8 @@ def one_hot(logits: Array, unimix: float = 0.0) -> OneHot:
     logits = logits.astype(jnp.float32)
     if not unimix:
         return OneHot(jax.nn.log_softmax(logits))
-    probs = jax.nn.softmax(logits)
-    return OneHot(jnp.log((1 - unimix) * probs + unimix / logits.shape[-1]))
+    probs = (1 - unimix) * jax.nn.softmax(logits) + unimix / logits.shape[-1]
+    return OneHot(jnp.log(probs), probs)
 
 
 class BoundedNormal(NamedTuple):

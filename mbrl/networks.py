@@ -59,7 +59,7 @@ def _product_forward(x, kernel):
 def _product_backward(saved, cotangent):
     x, kernel = saved
     rows = tuple(range(x.ndim - 1))
-    narrow, wide = (cotangent, x) if cotangent.shape[-1] < x.shape[-1] else (x, cotangent)
+    narrow, wide = (cotangent, x) if cotangent.shape[-1] <= x.shape[-1] else (x, cotangent)
     # The barrier keeps the transposition out of the product.
     gradient = jax.lax.optimization_barrier(jnp.tensordot(narrow, wide, (rows, rows)))
     return cotangent @ kernel.T, gradient.T if narrow is cotangent else gradient
