@@ -42,6 +42,8 @@ from mbrl.train import Run
 
 UPDATES = 10
 """Updates of a timed call."""
+REPLAY = 20_000
+"""Rows of replay."""
 
 
 def peak_mib() -> float:
@@ -67,7 +69,14 @@ class Taken:
         return int(found[1]) / 1024
 
 
-def measure(preset: str, num_seeds: int, repeats: int, updates: int = UPDATES, **changes: int) -> dict:
+def measure(
+    preset: str,
+    num_seeds: int,
+    repeats: int,
+    updates: int = UPDATES,
+    replay_size: int = REPLAY,
+    **changes: int,
+) -> dict:
     """Figures of one case. changes: batch_size, batch_length, horizon."""
     use_cpu_devices(num_seeds)
     model, agent_config, loop = configs(preset)
@@ -75,7 +84,7 @@ def measure(preset: str, num_seeds: int, repeats: int, updates: int = UPDATES, *
     loop = override(loop, {k: v for k, v in changes.items() if k != "horizon"} | {"pretrain": updates})
     # One update for an environment's row, so that any batch gives a whole number.
     ratio = loop.batch_size * loop.batch_length / loop.num_envs
-    loop = dataclasses.replace(loop, train_ratio=ratio, collect_steps=0, prefill=0, replay_size=20_000)
+    loop = dataclasses.replace(loop, train_ratio=ratio, collect_steps=0, prefill=0, replay_size=replay_size)
     length = loop.batch_length + int(agent_config.replay_context)
     seeds, agent = Seeds.make(0, num_seeds), make_agent(WALKER, model, agent_config)
     run = Run(agent, Source(WALKER), seeds, loop, make_clock(loop, 10**6, length), length)
@@ -86,6 +95,7 @@ def measure(preset: str, num_seeds: int, repeats: int, updates: int = UPDATES, *
     planned = memory.program_bytes(step, seeds)
     assert planned is not None, "the compiler does not say what the program takes"
     init, peak = programs.init.lower(keys).compile(), peak_mib()
+    planned += memory.process_bytes(init, step, seeds)
     taken = Taken()
     state = jax.block_until_ready(init(keys))
     filled = 0 * state.replay.inserted + run.clock.capacity  # zeros are as good as any data here
@@ -96,9 +106,13 @@ def measure(preset: str, num_seeds: int, repeats: int, updates: int = UPDATES, *
         state, metrics = step(state, keys)
         jax.block_until_ready(metrics)
 
+    def timed() -> float:
+        time.sleep(0.01)  # as in a run, the runtime has time to free what the last call had
+        return wall_seconds(call)
+
     call()
     cpu = time.process_time()
-    seconds = [wall_seconds(call) for _ in range(repeats)]
+    seconds = [timed() for _ in range(repeats)]
     cpu = time.process_time() - cpu
     return {
         "preset": preset,
@@ -151,7 +165,9 @@ def main() -> None:
     parser.add_argument("--preset", default="s", choices=list(DREAMER))
     parser.add_argument("--num-seeds", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--skip-growth", action="store_true", help="seeds only")
-    parser.add_argument("--repeats", type=int, default=7, help="timed calls of 10 updates")
+    parser.add_argument("--repeats", type=int, default=7, help="timed calls")
+    parser.add_argument("--updates", type=int, default=UPDATES, help="updates of a timed call")
+    parser.add_argument("--replay-size", type=int, default=REPLAY, help="rows of replay")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--markdown", type=Path, help="also write the tables to this file")
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -159,14 +175,15 @@ def main() -> None:
     if args.case:
         print(json.dumps(measure(**json.loads(args.case))))
         return
-    common, texts = {"preset": args.preset, "repeats": args.repeats}, []
+    common, texts = {"preset": args.preset, "repeats": args.repeats, "replay_size": args.replay_size}, []
 
     def show(text: str) -> None:
         texts.append(text)
         print(text, flush=True)
 
-    seeds = [in_subprocess(num_seeds=s, **common) for s in args.num_seeds]
-    one = next((row for row in seeds if row["num_seeds"] == 1), None) or in_subprocess(num_seeds=1, **common)
+    seeds = [in_subprocess(num_seeds=s, updates=args.updates, **common) for s in args.num_seeds]
+    one = next((row for row in seeds if row["num_seeds"] == 1), None)
+    one = one or in_subprocess(num_seeds=1, updates=args.updates, **common)
     for row in seeds:
         alone = row["num_seeds"] * one["milliseconds_per_update"]
         row["of_runs_alone"] = row["milliseconds_per_update"] / alone

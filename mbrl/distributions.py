@@ -23,8 +23,8 @@ class OneHot(NamedTuple):
     """Independent categoricals over the last axis with one-hot samples and straight-through gradients.
 
     log_probs: normalised log-probabilities [..., C], of a mixture with the uniform where `one_hot` was
-    given ``unimix`` > 0. weights: the probabilities themselves where they are known, so that a sample need not
-    take a logarithm and its exponential.
+    given ``unimix`` > 0. weights: the probabilities themselves where they are known, so that a sample need
+    not take a logarithm and its exponential.
     """
 
     log_probs: Float[Array, "*batch C"]

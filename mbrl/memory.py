@@ -13,7 +13,13 @@ from mbrl.programs import Programs, RunState
 from mbrl.seeds import Seeds
 from mbrl.train import Run
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
+PROCESS = 17 * MIB
+"""What a process on a CPU takes beside arrays once it learns: code of libraries that it had not run before
+5 MiB, stacks of threads 4 MiB, objects of Python and of the runtime 5 to 13 MiB (docs/performance.md)."""
+LIBRARY = 0.05
+"""What the matrix library on a CPU holds within its fused products, as a share of a program's temporary
+arrays: the compiler does not count it. Measured: 1 to 12 %."""
 PLACES = {"host": "in the memory of the host", "disk": "in a file of the run folder"}
 
 
@@ -49,12 +55,13 @@ def host_bytes() -> int | None:
 class Plan(NamedTuple):
     """Bytes on the devices of this process. replay, learner (networks, optimiser), acting (environments,
     latent states): what stays. working: what a program has beside it while it learns, activations, gradients
-    and copies."""
+    and copies. process: what a CPU's process takes beside all arrays (`process_bytes`)."""
 
     replay: int
     learner: int
     acting: int
     working: int
+    process: int = 0
 
     @property
     def total(self) -> int:
@@ -81,8 +88,13 @@ def compiled_plan(run: Run, programs: Programs, least: Plan) -> Plan:
         program, arguments = programs.learn, run.learn_shapes()
     if run.beside:
         program, arguments = programs.step, run.step_shapes()
-    whole = program_bytes(program.lower(*arguments).compile(), run.seeds)
-    return least if whole is None else least._replace(working=whole - sum(least) + least.working)
+    compiled = program.lower(*arguments).compile()
+    whole = program_bytes(compiled, run.seeds)
+    if whole is None:
+        return least
+    init = programs.init.lower(run.seeds.keys()).compile()
+    working = whole - sum(least) + least.working
+    return least._replace(working=working, process=process_bytes(init, compiled, run.seeds))
 
 
 def program_bytes(compiled: Any, seeds: Seeds) -> int | None:
@@ -93,6 +105,16 @@ def program_bytes(compiled: Any, seeds: Seeds) -> int | None:
         return None
     beside = found.output_size_in_bytes - found.alias_size_in_bytes + found.temp_size_in_bytes
     return (found.argument_size_in_bytes + beside) * len(own_devices(seeds))
+
+
+def process_bytes(init: Any, learn: Any, seeds: Seeds) -> int:
+    """What the process takes beside the arrays of the compiled program that learns, where its device is a
+    CPU: also the temporary arrays of the program that made the state, because freed memory is kept."""
+    devices = own_devices(seeds)
+    if devices[0].platform != "cpu":
+        return 0
+    temporary = [program.memory_analysis().temp_size_in_bytes for program in (init, learn)]
+    return PROCESS + round(len(devices) * (temporary[0] + LIBRARY * temporary[1]))
 
 
 def own_devices(seeds: Seeds) -> list[Any]:
@@ -181,7 +203,7 @@ def _check_fits(plan: Plan, available: int | None) -> None:
 
 
 def _size(count: int) -> str:
-    for unit, scale in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
+    for unit, scale in (("GiB", GIB), ("MiB", MIB), ("KiB", 2**10)):
         if count >= scale:
             return f"{count / scale:.1f} {unit}"
     return f"{count} B"

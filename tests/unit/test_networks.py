@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mbrl.networks import MLP, BlockLinear, Dense, Linear, RMSNorm, flatten_obs, symexp, symlog
+from mbrl.networks import MLP, BlockLinear, Dense, Linear, RMSNorm, flatten_obs, product, symexp, symlog
 from mbrl.types import ArraySpec
 
 KEY = jax.random.key(0)
@@ -42,6 +42,21 @@ def test_linear_init(outscale):
     assert np.abs(kernel).max() <= 2 * expected / 0.8796 * 1.0001  # 60,000 normals would reach 4 deviations
     assert np.abs(kernel).max() > 2 * expected / 0.8796 * 0.99
     assert (np.asarray(params["bias"]) == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (3, 2), (3, 3)])
+def test_product_has_the_gradients_of_a_product(shape):
+    """Of both factors, whichever axis of the kernel is the narrower, with any batch axes and under vmap."""
+    keys = jax.random.split(KEY, 3)
+    x, kernel = jax.random.normal(keys[0], (5, 4, 7, shape[0])), jax.random.normal(keys[1], (5, *shape))
+    weight = jax.random.normal(keys[2], (5, 4, 7, shape[1]))
+
+    def gradients(multiply):
+        loss = lambda x, kernel, weight: (weight * multiply(x, kernel)).sum()
+        return jax.vmap(jax.grad(loss, (0, 1)))(x, kernel, weight)
+
+    for found, expected in zip(gradients(product), gradients(jnp.matmul), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_zero_outscale_is_zero():
