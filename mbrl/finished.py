@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -284,7 +285,10 @@ class Finished:
         pool.close()
         return float(returns[0][0, 0])
 
-    def _evaluation(self, episodes: int | None, record: bool):
+    @contextlib.contextmanager
+    def evaluator(self, episodes: int | None = None, record: bool = False) -> Iterator[Callable[[Any], Any]]:
+        """``evaluate(train)``: what `evaluate`, or with ``record`` `play`, returns of other parameters
+        [S, ...]. It compiles once."""
         episodes = self.parts.loop.eval_episodes if episodes is None else episodes
         check_at_least("episodes", episodes, 1)
         keys = self.seeds.program(lambda key: stream(key, EVALUATE, 0))(self.seeds.keys())
@@ -295,13 +299,19 @@ class Finished:
             )
         if source.env is not None:
             run = evaluation.make_device(self.agent, source.env, self.seeds, episodes, record)
-            return run(self.train, keys)
+            yield lambda train: run(train, keys)
+            return
         episodes *= multitask.count(source.spec)
         pool = make_pool(source, self.seeds, episodes, purpose=1)
         try:
-            return evaluation.make_host(self.agent, pool, self.seeds, episodes, record)(self.train, keys)
+            run = evaluation.make_host(self.agent, pool, self.seeds, episodes, record)
+            yield lambda train: run(train, keys)
         finally:
             pool.close()
+
+    def _evaluation(self, episodes: int | None, record: bool):
+        with self.evaluator(episodes, record) as evaluate:
+            return evaluate(self.train)
 
     def _index(self, seed: int | None) -> int:
         if seed is None:

@@ -7,7 +7,7 @@ and a simulator; rules are in ``planners/``, one file each.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -128,8 +128,11 @@ class PlanConfig:
     """The same, added in training only: optimism that explores."""
 
 
-def read_weights(field: str, text: str) -> dict[str, float]:
-    """Weights by name from ``name=weight,...``; UserError for another form."""
+def read_weights(field: str, text: str | Mapping[str, Any]) -> dict[str, Any]:
+    """Weights by name from ``name=weight,...``; UserError for another form. Those that a program was given as
+    arrays stay as they are."""
+    if isinstance(text, Mapping):
+        return dict(text)
     found = {}
     for part in filter(None, text.split(",")):
         name, _, weight = part.partition("=")

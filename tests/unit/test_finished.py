@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import mbrl
+from benchmarks.doubt import measure
 from mbrl import checkpoints, envs, finished, open_loop, prediction
 from mbrl.drivers import Source
 from mbrl.errors import UserError
@@ -176,6 +177,23 @@ def test_an_agent_without_a_policy_needs_a_planner(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(stored_run("pets", "random")))
     with pytest.raises(UserError, match="planner is none, but this agent has no policy"):
         mbrl.load(tmp_path, planner="none")
+
+
+def test_doubt_of_many_weights_is_one_program(tmp_path):
+    """What `benchmarks.doubt` measures is what a load with each of the weights measures, a compilation for each."""
+    stored = stored_run("pets", "random", model={"units": 8})
+    search = stored["config"]["search"] | {"samples": 16, "horizon": 3}
+    stored["config"] |= {"task": "pendulum_dense", "num_seeds": 2, "search": search}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    parts, seeds = finished.rebuild(stored), Seeds.make(0, 2)
+    train = seeds.program(parts.agent.init)(seeds.keys())
+    checkpoints.save(tmp_path / "checkpoints", 1, RunState(train, (), (), (), ()))
+    weights = [0.0, -30.0, 30.0]
+    found = measure(str(tmp_path), "disagreement", weights, 2)
+    for weight, returns in zip(weights, found, strict=True):
+        alone = mbrl.load(tmp_path, plan={"uncertainty": f"disagreement={weight}"}).evaluate(2).mean(1)
+        np.testing.assert_allclose(returns, alone, rtol=1e-4)
+    assert len(np.unique(found)) == found.size
 
 
 def test_the_discount_of_a_member_is_its_own():

@@ -15,7 +15,7 @@ from mbrl import checkpoints, multitask
 from mbrl.agents import tdmpc
 from mbrl.agents.tdmpc import TDMPCConfig
 from mbrl.collect import random_action
-from mbrl.distributions import tanh_normal
+from mbrl.distributions import symlog_two_hot, tanh_normal
 from mbrl.drivers import make_pool, make_source
 from mbrl.errors import UserError
 from mbrl.finished import learned_by
@@ -116,6 +116,30 @@ def test_discounts_of_a_plan_are_those_of_its_task():
     params = model.init(jax.random.key(0))
     now = model.init_state(params, 2).now._replace(task=jnp.array([0, 1]))
     np.testing.assert_allclose(model.predict(params, now).cont, [0.99, 0.95])
+
+
+def test_targets_and_entropy_are_those_of_each_task():
+    """With critics that say the same of everything and a policy of one deviation: the target has the discount
+    of its task, the entropy's factor counts its actions."""
+    _, agent = parts(SPEC)
+    train, traj = agent.init(jax.random.key(0)), trajectory(SPEC, batch=600)
+    spread = jax.random.normal(jax.random.key(1), (CONFIG.bins,))
+    target = jax.tree.map(lambda x: x, train.target)
+    target["out"]["bias"] = jnp.broadcast_to(spread, target["out"]["bias"].shape)
+    value = float(symlog_two_hot(spread, CONFIG.bin_limit).mean())
+    out = jax.tree.map(jnp.zeros_like, train.params["actor"]["out"])
+    train = train._replace(
+        target=target, params=train.params | {"actor": train.params["actor"] | {"out": out}}
+    )
+    metrics = jax.jit(agent.update)(train, traj, jax.random.key(2))[1].metrics
+    rewards = np.asarray(traj.reward)[1:]
+    own = [rewards[:, task::2].mean() + discount * value for task, discount in ((0, 0.99), (1, 0.95))]
+    assert abs(value) > 0.1
+    np.testing.assert_allclose(metrics["target_value"], np.mean(own), rtol=1e-4)
+    # The log-deviation is -4; A times the negative log-density of A actions, whose squared noise is 1 on average.
+    np.testing.assert_allclose(
+        metrics["entropy_actor"], (1 + 9) / 2 * (0.5 * np.log(2 * np.pi) + 0.5 - 4), rtol=0.03
+    )
 
 
 @pytest.fixture(scope="module")
