@@ -195,7 +195,7 @@ def test_constant_truncated():
 
 def test_observation():
     """Reward +1 or -1 as shown: rewards and values have the observation's sign and size."""
-    who, _, train = learn("probe_observation", 1024)
+    who, _, train = learn("probe_observation", 1536)
     for bit in (1.0, -1.0):
         value, reward, cont = who.opinions(train, [[bit], [bit]])
         assert value[0] == pytest.approx(bit, abs=0.3)

@@ -92,6 +92,7 @@ def command():
         ("--task cartpole_swingup,pendulum", ["--task", "on the host"]),
         ("--task cup_catch,cup_catch", ["cup_catch", "twice"]),
         ("--resume", ["run"]),
+        ("--seed x", ["--seed", "whole number", "'x'"]),
     ],
 )
 def test_bad_input_is_one_sentence(command, tmp_path, flags, words):
@@ -106,7 +107,7 @@ def test_bad_input_is_one_sentence(command, tmp_path, flags, words):
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("flags", ["--stps 3", "--seed x", "--agent.actor-grad both"])
+@pytest.mark.parametrize("flags", ["--stps 3", "--agent.entropy x", "--agent.actor-grad both"])
 def test_wrong_flags_exit_with_code_2(command, tmp_path, flags):
     """An unknown flag or a value of the wrong type is refused by the parser."""
     with pytest.raises(SystemExit) as error:
