@@ -154,15 +154,14 @@ class HostReplay:
 
     def _updates(self, made: Programs, state: RunState, burst: Burst, updates: int):
         """One update after the other -> (state, mean metrics)."""
-        before = total = metrics = None
-        batch = self._thread.submit(self._batch, burst, self.inserted, 0)
+        total = metrics = None
+        batch = self._thread.submit(self._batch, burst, self.inserted, 0, None)
         for number in range(updates):
-            before, (images, key) = metrics, batch.result()
+            images, key = batch.result()
+            if number + 1 < updates:  # before the update is called, which on a CPU returns when it is done
+                batch = self._thread.submit(self._batch, burst, self.inserted, number + 1, metrics)
             state, metrics = made.step(state, images, key)
             total = metrics if total is None else _sum(total, metrics)
-            jax.block_until_ready(before)  # its images are no longer needed: two batches at most are there
-            if number + 1 < updates:
-                batch = self._thread.submit(self._batch, burst, self.inserted, number + 1)
         self.served = burst.drawn.result()[0]
         if total is None or metrics is None:
             raise ValueError("a burst has at least one update")
@@ -195,9 +194,11 @@ class HostReplay:
         _, time, env, _ = drawn.result()
         return self._gather(time[:, 0], env[:, 0])
 
-    def _batch(self, burst: Burst, inserted: int, number: int):
+    def _batch(self, burst: Burst, inserted: int, number: int, before: Any):
         """(images [S, length, B, ...], data of keys [S, ...]) of an update on the devices. inserted: rows by
-        now."""
+        now. before: metrics of the update two before, whose images are no longer needed when these are known:
+        two batches at most are there."""
+        jax.block_until_ready(before)
         _, times, envs, keys = burst.drawn.result()
         time, env = times[:, number], envs[:, number]
         if number:

@@ -342,6 +342,10 @@ class Progress:
         """Measure speeds from now on: what came before was compiling."""
         self._marks.clear()
 
+    def skip(self, seconds: float) -> None:
+        """Leave the latest seconds, an evaluation, out of the speeds."""
+        self._marks = deque((then + seconds, *counts) for then, *counts in self._marks)
+
     def say(self, message: str) -> None:
         """Print a line of its own, above the bar."""
         self.console.print(message, markup=False, highlight=False, soft_wrap=True)

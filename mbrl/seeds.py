@@ -28,9 +28,9 @@ def use_cpu_devices(num_seeds: int, data: int = 1) -> None:
     --xla_force_host_platform_device_count wins.
     """
     keep_freed_memory()
-    if data > 1:
-        # Programs that run at once on the same few threads could wait for each other's part of a sum.
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
+    # A program runs in the thread that calls it, whose freed memory is kept. With several devices it runs in
+    # threads of the runtime, which otherwise could wait for each other's part of a sum.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -44,16 +44,15 @@ def keep_freed_memory() -> None:
     """Has glibc keep freed memory for the next call of a program instead of giving it back to the system.
 
     XLA allocates a program's temporary arrays anew in every call, and the system clears each of their pages
-    when it is first touched: a quarter of the processor time of a large update (docs/performance.md). All
-    threads share one heap, because only the main one can grow beyond 64 MiB. An explicit MALLOC_ARENA_MAX
-    wins. Without effect where there is no glibc.
+    when it is first touched: a third of the processor time of a large update (docs/performance.md). Only the
+    main thread's heap can grow beyond 64 MiB, so that is where programs must run. Others keep heaps of their
+    own: in that one, full of the holes that compiling leaves, a search for the small arrays of products takes
+    longer than the products. Without effect where there is no glibc.
     """
     if not hasattr(os, "confstr") or "glibc" not in (os.confstr("CS_GNU_LIBC_VERSION") or ""):
         return
-    if "MALLOC_ARENA_MAX" in os.environ:
-        return
-    trim_threshold, mmap_max, arena_max = -1, -4, -8  # names of malloc.h: M_TRIM_THRESHOLD and so on
-    for parameter, value in ((arena_max, 1), (mmap_max, 0), (trim_threshold, -1)):
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    for parameter, value in ((mmap_max, 0), (trim_threshold, -1)):
         ctypes.CDLL(None).mallopt(parameter, value)
 
 

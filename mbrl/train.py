@@ -199,6 +199,7 @@ def train(
                 monitor.flush()
                 with timer("evaluate"):
                     returns = evaluate(state.train, eval_keys)
+                progress.skip(timer.latest)
                 evaluations.append([frames, returns.tolist()])
                 each = multitask.by_task(spec, returns)
                 by_name = {f"eval_return/{name}": mean for name, mean in each.items()}
@@ -364,16 +365,35 @@ class Monitor:
 
 
 class Timer:
-    """Wall seconds by purpose; a context manager per purpose. compile includes the first calls' work."""
+    """Wall seconds by purpose; a context manager per purpose. What is compiled meanwhile counts as compile,
+    which also includes the first calls' work. latest: seconds of the latest purpose, all told."""
 
     def __init__(self, compiling: float = 0.0):
         self.seconds = {"compile": compiling, "train": 0.0, "evaluate": 0.0, "save": 0.0}
+        self.latest = 0.0
 
     @contextmanager
     def __call__(self, name: str):
-        began = time.perf_counter()
+        began, compiled = time.perf_counter(), _compiled.seconds
         yield
-        self.seconds[name] += time.perf_counter() - began
+        self.latest, compiling = time.perf_counter() - began, _compiled.seconds - compiled
+        self.seconds[name] += self.latest - compiling
+        self.seconds["compile"] += compiling
+
+
+class _Compiled:
+    """Seconds that XLA has compiled in this process."""
+
+    def __init__(self):
+        self.seconds = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self.count)
+
+    def count(self, event: str, seconds: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.seconds += seconds
+
+
+_compiled = _Compiled()
 
 
 def _evaluation_line(

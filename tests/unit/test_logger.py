@@ -239,6 +239,21 @@ def test_no_speed_is_shown_before_there_is_one(monkeypatch):
     assert [line.split("ETA ")[1] for line in console.file.getvalue().splitlines()] == ["-", "-", "-", "1:28"]
 
 
+def test_speeds_leave_out_what_is_skipped(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("mbrl.logger.time.monotonic", lambda: clock[0])
+    console = plain_console()
+    with Progress(1000, every=1.0, console=console) as progress:
+        for clock[0], steps, updates in ((1.0, 10, 1), (2.0, 20, 2), (63.0, 30, 3)):
+            if steps == 30:
+                progress.skip(60.0)
+            progress.update(steps, updates=updates)
+    assert [line.split("  ")[-3:] for line in console.file.getvalue().splitlines()[1:]] == [
+        ["1.0 updates/s", "10.0 steps/s", "ETA 1:38"],
+        ["1.0 updates/s", "10.0 steps/s", "ETA 1:37"],
+    ]
+
+
 def test_offline_progress_counts_updates_that_are_computed(monkeypatch):
     """A burst of calls, of updates that were only asked for, is no speed."""
     clock = [0.0]

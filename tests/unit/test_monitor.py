@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -9,7 +10,7 @@ from mbrl.collect import Episodes
 from mbrl.logger import Logger, Progress
 from mbrl.losses import unlearned_terminals
 from mbrl.seeds import Seeds
-from mbrl.train import Monitor
+from mbrl.train import Monitor, Timer
 
 
 def test_terminals_that_nobody_learns_are_said_once(tmp_path, monkeypatch):
@@ -51,3 +52,21 @@ def test_progress_counts_what_is_computed(tmp_path, monkeypatch):
         assert shown == ["compiled", (10, 1), (10, 1), (20, 2)]
         monitor.show()
     assert shown[-1] == (30, 3)
+
+
+def test_what_is_compiled_meanwhile_counts_as_compiling(monkeypatch):
+    timer, clock = Timer(compiling=1.0), [0.0]
+    monkeypatch.setattr("mbrl.train.time.perf_counter", lambda: clock[0])
+    with timer("evaluate"):
+        clock[0] = 10.0
+        jax.monitoring.record_event_duration_secs("/jax/core/compile/backend_compile_duration", 4.0)
+        jax.monitoring.record_event_duration_secs("/jax/core/compile/jaxpr_trace_duration", 2.0)
+    assert timer.seconds == {"compile": 5.0, "train": 0.0, "evaluate": 6.0, "save": 0.0}
+    assert timer.latest == 10.0
+
+
+def test_compiling_is_told_by_jax():
+    timer = Timer()
+    with timer("evaluate"):
+        jax.jit(lambda x: x * 3 + len(str(timer)))(1.0).block_until_ready()
+    assert timer.seconds["compile"] > 0
