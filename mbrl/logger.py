@@ -344,7 +344,7 @@ class Progress:
 
     def skip(self, seconds: float) -> None:
         """Leave the latest seconds, an evaluation, out of the speeds."""
-        self._marks = deque((then + seconds, *counts) for then, *counts in self._marks)
+        self._marks = deque((then + seconds, step, updates) for then, step, updates in self._marks)
 
     def say(self, message: str) -> None:
         """Print a line of its own, above the bar."""

@@ -388,9 +388,9 @@ class _Compiled:
         self.seconds = 0.0
         jax.monitoring.register_event_duration_secs_listener(self.count)
 
-    def count(self, event: str, seconds: float, **_: Any) -> None:
+    def count(self, event: str, duration_secs: float, **_: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            self.seconds += seconds
+            self.seconds += duration_secs
 
 
 _compiled = _Compiled()
