@@ -278,15 +278,15 @@ UNTRIED = "published size, not run here"
 ABOUT: dict[str, dict[str, About]] = {
     "DreamerV3": {
         "xs": About("26 k", "not measured", "for tests; not meant to solve a task"),
-        "s": About("110 k", "10 to 12 min for 80,000 frames", "859 after 80,000 frames (IQM of 3 runs)"),
+        "s": About("110 k", "7 min for 80,000 frames", "859 after 80,000 frames (IQM of 3 runs)"),
         "memory": About("90 k", "not measured", "for memory tasks (docs/memory.md)"),
         "s_pixels": About(
             "0.5 M",
             "25 ms per update, 20 from the state",
             "pendulum_dense: 509 after 12,000 frames, state 530 (IQM of 3)",
         ),
-        "size1m": About("0.6 M", "0.3 s per update of 16 x 64", "244 after 24,000 frames, changed for a CPU"),
-        "size12m": About("9.7 M", "2 s per update of 16 x 64", "published: 500 after 100,000 frames"),
+        "size1m": About("0.6 M", "0.17 s per update of 16 x 64", "244 after 24,000 frames, changed for a CPU"),
+        "size12m": About("9.7 M", "1.6 s per update of 16 x 64", "published: 500 after 100,000 frames"),
         "size25m": About("22 M", "for accelerators", UNTRIED),
         "size50m": About("39 M", "for accelerators", UNTRIED),
         "size100m": About("87 M", "for accelerators", UNTRIED),
