@@ -285,7 +285,7 @@ ABOUT: dict[str, dict[str, About]] = {
             "25 ms per update, 20 from the state",
             "pendulum_dense: 509 after 12,000 frames, state 530 (IQM of 3)",
         ),
-        "size1m": About("0.6 M", "0.17 s per update of 16 x 64", "244 after 24,000 frames, changed for a CPU"),
+        "size1m": About("0.6 M", "0.2 s per update of 16 x 64", "244 after 24,000 frames, changed for a CPU"),
         "size12m": About("9.7 M", "1.6 s per update of 16 x 64", "published: 500 after 100,000 frames"),
         "size25m": About("22 M", "for accelerators", UNTRIED),
         "size50m": About("39 M", "for accelerators", UNTRIED),

@@ -329,7 +329,7 @@ def check_batch(env: JaxEnv) -> None:
         for batched, single in ((first, alone), (second, after)):
             for x, y in zip(jax.tree.leaves(batched), jax.tree.leaves(single), strict=True):
                 require(
-                    np.allclose(x[i], y, rtol=1e-6, atol=1e-6),
+                    np.allclose(x[i], y, rtol=1e-4, atol=1e-4),  # another program rounds otherwise
                     "under jax.vmap it does something else than alone: no function may look across "
                     "environments",
                 )

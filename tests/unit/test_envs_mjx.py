@@ -33,7 +33,8 @@ def test_observations_and_rewards_are_those_of_dm_control(task):
 
 @pytest.mark.parametrize("task", ALL)
 def test_starts_are_drawn_as_in_dm_control(task):
-    """Mean and standard deviation of every entry of the first observation, against 200 of the host."""
+    """Mean and standard deviation of every entry of the first observation, against 200 of the host. Of what is
+    the same but for a few starts, as the touch of a hopper (on either side one start in some 600), the mean."""
     count = 200
     env, reset, _ = device(task)
     _, first = reset(jax.random.split(jax.random.key(1), count))
@@ -43,6 +44,8 @@ def test_starts_are_drawn_as_in_dm_control(task):
         ours, other = np.asarray(first.obs[key]), np.stack([obs[key] for obs in theirs])
         spread = np.maximum(other.std(0), 1e-6)
         np.testing.assert_allclose(ours.mean(0), other.mean(0), atol=5 * (2 / count) ** 0.5 * spread.max())
+        often = np.any([(x != np.median(x, 0)).mean(0) > 0.05 for x in (ours, other)], 0)
+        ours, other = ours[:, often], other[:, often]
         np.testing.assert_allclose(ours.std(0), other.std(0), atol=0.35 * spread.max())
 
 
