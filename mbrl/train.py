@@ -282,6 +282,7 @@ class Monitor:
         self.warned = False  # of terminals that are not learned
         self.faults = np.zeros(len(seeds.own), int)  # of environments, since the start of this process
         self.now: tuple[int, int, Any] | None = None  # frames, updates, metrics of the latest iteration
+        self.shown = False  # whether that iteration was
         self.ended: list[Episodes] = []
         self.due: tuple[Any, ...] | None = None
 
@@ -290,8 +291,9 @@ class Monitor:
         one is under way and speeds are of what was computed."""
         if self.now is not None:
             jax.block_until_ready(self.now[2])
-            self.show()
-        self.now = (frames, updates, metrics)
+            if not self.shown:
+                self.show()
+        self.now, self.shown = (frames, updates, metrics), False
         self.ended.append(ended)
         self.faults = faults
 
@@ -302,6 +304,7 @@ class Monitor:
             self.progress.compiled()
         frames, updates, _ = self.now
         self.progress.update(frames, self.returns, updates)
+        self.shown = True
 
     def newly_frozen(self) -> list[int]:
         """Positions of the seeds that froze since the last call."""
