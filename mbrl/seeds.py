@@ -46,8 +46,8 @@ def keep_freed_memory() -> None:
     XLA allocates a program's temporary arrays anew in every call, and the system clears each of their pages
     when it is first touched: a third of the processor time of a large update (docs/performance.md). Only the
     main thread's heap can grow beyond 64 MiB, so that is where programs must run. Other threads keep heaps of
-    their own: compiling leaves that one full of holes, and if all shared it, the search for small arrays took a
-    third of the time. Without effect where there is no glibc.
+    their own: compiling leaves that one full of holes, and when all shared it, a third of the time went into
+    the search for small arrays. Without effect where there is no glibc.
     """
     if not hasattr(os, "confstr") or "glibc" not in (os.confstr("CS_GNU_LIBC_VERSION") or ""):
         return

@@ -1,7 +1,7 @@
 """The training loop: one clock for all seeds; collect, store, update; log, evaluate, save when due.
 
-Runs in iterations of `mbrl.programs`. Rows of metrics are fetched while the next iteration computes, but for a
-CPU, where a call returns when it is done.
+Runs in iterations of `mbrl.programs`. Rows of metrics are fetched while the next iteration computes; on a CPU
+a call returns when it is done.
 """
 
 from __future__ import annotations
